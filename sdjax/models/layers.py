@@ -1,0 +1,132 @@
+"""The layers that every network is built from: NHWC, computing in the dtype of their input."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+_kernel_init = nn.initializers.lecun_normal()
+Padding = int | tuple[tuple[int, int], tuple[int, int]]
+
+
+class Dense(nn.Module):
+    """x @ kernel + bias on the last axis; kernel is [in, out]."""
+
+    features: int
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch features"]:
+        """Map the last axis to `features`."""
+        kernel = self.param("kernel", _kernel_init, (x.shape[-1], self.features))
+        y = jnp.dot(x, kernel.astype(x.dtype))
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y = y + bias.astype(x.dtype)
+        return y
+
+
+class Conv(nn.Module):
+    """A square 2-d convolution; kernel is HWIO.
+
+    `padding` is one number for all sides, or ((top, bottom), (left, right)).
+    """
+
+    features: int
+    kernel_size: int = 3
+    stride: int = 1
+    padding: Padding = 1
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W features"]:
+        """Convolve x with the kernel."""
+        size = self.kernel_size
+        kernel = self.param("kernel", _kernel_init, (size, size, x.shape[-1], self.features))
+        kernel = kernel.astype(x.dtype)
+        if size == 1 and self.stride == 1:
+            y = jnp.dot(x, kernel[0, 0])
+        else:
+            pad = self.padding
+            pads = ((pad, pad), (pad, pad)) if isinstance(pad, int) else pad
+            y = lax.conv_general_dilated(
+                x,
+                kernel,
+                (self.stride, self.stride),
+                pads,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y = y + bias.astype(x.dtype)
+        return y
+
+
+_ACTIVATIONS = {"silu": jax.nn.silu}
+
+
+class GroupNorm(nn.Module):
+    """Normalise groups of channels over space, then scale, shift and, with `act`, activate.
+
+    Wu and He 2018 (arXiv 1803.08494). Statistics are float32. `act` is None or "silu".
+    """
+
+    groups: int
+    epsilon: float
+    act: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *space c"]:
+        """Normalise x over space and the channels of each group."""
+        c = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (c,))
+        bias = self.param("bias", nn.initializers.zeros, (c,))
+        y = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, c // self.groups)
+        mean = y.mean((1, 3), keepdims=True)
+        var = jnp.square(y - mean).mean((1, 3), keepdims=True)
+        y = ((y - mean) * lax.rsqrt(var + self.epsilon)).reshape(x.shape)
+        y = y * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+        if self.act is not None:
+            y = _ACTIVATIONS[self.act](y)
+        return y.astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Normalise the last axis, then scale and shift (Ba et al. 2016, arXiv 1607.06450)."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
+        """Normalise x over its last axis; statistics are float32."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+        y = y * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class Embed(nn.Module):
+    """A table of `num` vectors of `features` numbers."""
+
+    num: int
+    features: int
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch features"]:
+        """Look the rows up; the result has the table's dtype."""
+        init = nn.initializers.normal(1 / math.sqrt(self.features))
+        table = self.param("embedding", init, (self.num, self.features))
+        return jnp.take(table, ids, axis=0)
+
+
+def upsample_nearest(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    """Double height and width by repeating pixels."""
+    b, h, w, c = x.shape
+    y = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c))
+    return y.reshape(b, 2 * h, 2 * w, c)
