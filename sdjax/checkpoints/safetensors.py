@@ -1,0 +1,276 @@
+"""The safetensors format, read lazily and written atomically.
+
+A file is the header's length (8 bytes, little-endian), the header (JSON: key -> dtype, shape and
+data_offsets, counted from the header's end), then the arrays. Source: the format's specification,
+https://github.com/huggingface/safetensors. A header may lie, so every claim in it is checked before
+any of the data is looked at; the arrays must tile the rest of the file exactly.
+"""
+
+import contextlib
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from sdjax.checkpoints.tensors import BFLOAT16, Map, Tensor, Tensors
+from sdjax.errors import InputError
+
+LIMIT = 100_000_000
+"""The longest header that is read, in bytes; the reference implementation's own limit."""
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": BFLOAT16,
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+AGAIN = "download it again"
+
+
+def open(path: str | os.PathLike) -> Tensors:
+    """The tensors of a safetensors file, from its header alone.
+
+    Raises:
+        InputError: when the file is not there, is something else, is cut short, or its header lies.
+    """
+    path = Path(path)
+    refuse_impostor(path)
+    file = Map(path)
+    if file.size < 8:
+        raise InputError(f"{path} is cut short: it has {file.size} bytes and no header: {AGAIN}")
+    (length,) = struct.unpack("<Q", file.bytes(0, 8))
+    if length > LIMIT:
+        raise InputError(
+            f"{path} is not a safetensors file: its header claims {length} bytes and at most "
+            f"{LIMIT} are allowed: {AGAIN}"
+        )
+    if 8 + length > file.size:
+        raise InputError(
+            f"{path} is cut short: its header claims {length} bytes and the file has "
+            f"{file.size}: {AGAIN}"
+        )
+    header = parse(file.bytes(8, 8 + length), path)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise InputError(f"{path}: the header's __metadata__ must map strings to strings: {AGAIN}")
+    claims = [claim(key, value, path) for key, value in header.items()]
+    tile(claims, file.size - 8 - length, path)
+    return Tensors(
+        {c.key: file.tensor(c.key, c.shape, c.dtype, 8 + length + c.start) for c in claims},
+        path,
+        metadata,
+    )
+
+
+class Claim(NamedTuple):
+    """What a header says of one tensor."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    start: int
+    stop: int
+
+
+def parse(header: bytes, path: Path) -> dict[str, Any]:
+    """The header as a dict; a key said twice is an error, where JSON would keep the last."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in seen:
+                raise InputError(f"{path}: the header has the key {key!r} twice: {AGAIN}")
+            seen[key] = value
+        return seen
+
+    try:
+        text = header.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: the header is not UTF-8 at byte {8 + error.start}: {AGAIN}"
+        ) from None
+    try:
+        parsed = json.loads(text, object_pairs_hook=unique)
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        reason = "it nests too deep" if isinstance(error, RecursionError) else str(error)
+        raise InputError(f"{path}: the header is not JSON ({reason[:100]}): {AGAIN}") from None
+    if not isinstance(parsed, dict):
+        raise InputError(f"{path}: the header must be a JSON object: {AGAIN}")
+    return parsed
+
+
+def claim(key: str, value: Any, path: Path) -> Claim:
+    """One entry of the header, its types, ranges and size checked."""
+
+    def natural(number: Any) -> bool:
+        return type(number) is int and 0 <= number < 2**63
+
+    def refuse(what: str) -> InputError:
+        return InputError(f"{path}: tensor {key!r} {what}: {AGAIN}")
+
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise refuse("must have exactly dtype, shape and data_offsets in the header")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise InputError(
+            f"{path}: tensor {key!r} has dtype {str(dtype)[:40]!r}, which is not one of "
+            f"{', '.join(DTYPES)}: convert it to F16, BF16 or F32"
+        )
+    if not isinstance(shape, list) or len(shape) > 32 or not all(map(natural, shape)):
+        raise refuse("has a shape that is not a list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(natural, offsets)):
+        raise refuse("has data_offsets that are not two positions in the file")
+    start, stop = offsets
+    size = DTYPES[dtype].itemsize
+    for length in shape:
+        size *= length
+    if size >= 2**63:
+        raise refuse(f"has the shape {shape}, which overflows")
+    if stop - start != size:
+        raise refuse(f"of dtype {dtype} and shape {shape} takes {size} bytes, not {stop - start}")
+    return Claim(key, tuple(shape), DTYPES[dtype], start, stop)
+
+
+def tile(claims: list[Claim], size: int, path: Path) -> None:
+    """Check that the tensors cover the data exactly: no overlap, no gap, no end outside."""
+    at = 0
+    for c in sorted(claims, key=lambda c: (c.start, c.stop)):
+        if c.stop > size:
+            raise InputError(
+                f"{path} is cut short: tensor {c.key!r} ends at byte {c.stop} of {size}: {AGAIN}"
+            )
+        if c.start != at:
+            how = "overlaps the one before it" if c.start < at else "leaves a gap before it"
+            raise InputError(f"{path}: tensor {c.key!r} {how} at byte {c.start}: {AGAIN}")
+        at = c.stop
+    if at != size:
+        raise InputError(f"{path}: {size - at} bytes follow the last tensor: {AGAIN}")
+
+
+def refuse_impostor(path: Path) -> None:
+    """Name what is wrong with a path that holds no weights at all.
+
+    Raises:
+        InputError: nothing there, a dangling or looping link, a folder, a device, an empty file, a
+            Git LFS pointer, or a web page.
+    """
+    try:
+        kind = path.stat()
+    except OSError as error:
+        if path.is_symlink():
+            loops = "loop" if isinstance(error, FileNotFoundError) is False else "to nothing"
+            lead = f"is a link in a {loops}" if loops == "loop" else f"is a link {loops}"
+            raise InputError(f"{path} {lead}: download the checkpoint again") from None
+        reason = "is not there" if isinstance(error, FileNotFoundError) else f"{error.strerror}"
+        raise InputError(f"{path} {reason}: check the path") from None
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, where a file of weights belongs")
+    if not path.is_file():
+        raise InputError(f"{path} is not a regular file, so it holds no weights")
+    if kind.st_size == 0:
+        raise InputError(f"{path} is empty: {AGAIN}")
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): check its mode") from None
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`")
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<!--")):
+        raise InputError(
+            f"{path} is a web page, not the weights: download the file itself, signed in if the "
+            "site asks for it"
+        )
+
+
+class Entry(NamedTuple):
+    """A tensor to be written; `read` is called once, in the order of the file."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+def entry(tensor: Tensor, key: str | None = None) -> Entry:
+    """A tensor of one file as an entry of another."""
+    return Entry(key or tensor.name, tensor.shape, tensor.dtype, tensor.read)
+
+
+def write(
+    path: str | os.PathLike, entries: Iterable[Entry], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, one array in memory at a time, all of it or nothing.
+
+    Keys are sorted as the reference writer does (largest dtype first, then by name), so equal
+    weights give equal bytes. The file appears under its name only when it is whole.
+
+    Args:
+        path: where; an existing file is replaced.
+        entries: what; keys must differ.
+        metadata: strings; {"format": "pt"} unless given, which transformers asks for.
+    """
+    path = Path(path)
+    order = sorted(entries, key=lambda e: (-e.dtype.itemsize, e.key))
+    header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    at = 0
+    for e in order:
+        if e.key in header:
+            raise InputError(f"{path}: the key {e.key!r} would be written twice")
+        stop = at + e.dtype.itemsize * int(np.prod(e.shape, dtype=np.int64))
+        header[e.key] = {
+            "dtype": NAMES[e.dtype],
+            "shape": list(e.shape),
+            "data_offsets": [at, stop],
+        }
+        at = stop
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for e in order:
+            array = np.ascontiguousarray(e.read(), e.dtype)
+            if array.shape != e.shape:
+                raise ValueError(f"{e.key} has shape {array.shape}, announced as {e.shape}")
+            file.write(array.reshape(-1).view(np.uint8).data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Any]:
+    """A file beside `path` that takes its name when the block ends well and is gone otherwise."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp gives 0600; a checkpoint gets what the user's umask allows.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
