@@ -1,4 +1,4 @@
-"""Runs before any test: quiet, small and the same on every machine, and every shape annotation checked."""
+"""Runs before any test: small threads, no network, and every shape annotation checked."""
 
 import os
 

@@ -1,0 +1,44 @@
+"""Importing sdjax costs what importing jax and flax costs."""
+
+import json
+import subprocess
+import sys
+
+HEAVY = {
+    "PIL",
+    "diffusers",
+    "huggingface_hub",
+    "matplotlib",
+    "optax",
+    "orbax",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "tqdm",
+    "transformers",
+}
+
+
+def modules_after(statement: str) -> set[str]:
+    """Every module that a fresh Python holds after one statement."""
+    program = f"import sys, json; {statement}; print(json.dumps(list(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    return set(json.loads(done.stdout))
+
+
+def test_importing_sdjax_imports_little_more_than_jax_and_flax():
+    base = modules_after("import jax, flax")
+    ours = modules_after("import sdjax")
+    assert len(ours) < 2 * len(base), f"{len(ours)} modules against {len(base)}"
+
+
+def test_importing_sdjax_adds_no_heavy_library():
+    # What flax itself drags in is flax's affair.
+    added = modules_after("import jax, flax, sdjax") - modules_after("import jax, flax")
+    assert not {name.split(".")[0] for name in added} & HEAVY
+
+
+def test_importing_sdjax_imports_no_torch():
+    assert not modules_after("import sdjax") & {"torch", "transformers", "tokenizers", "PIL"}
