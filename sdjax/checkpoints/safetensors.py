@@ -6,18 +6,17 @@ https://github.com/huggingface/safetensors. A header may lie, so every claim in 
 any of the data is looked at; the arrays must tile the rest of the file exactly.
 """
 
-import contextlib
 import json
 import os
 import struct
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from sdjax.checkpoints.files import AGAIN, refuse_impostor, replacing, unique_keys
 from sdjax.checkpoints.tensors import BFLOAT16, Map, Tensor, Tensors
 from sdjax.errors import InputError
 
@@ -42,7 +41,6 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-AGAIN = "download it again"
 
 
 def open(path: str | os.PathLike) -> Tensors:
@@ -91,16 +89,7 @@ class Claim(NamedTuple):
 
 
 def parse(header: bytes, path: Path) -> dict[str, Any]:
-    """The header as a dict; a key said twice is an error, where JSON would keep the last."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in seen:
-                raise InputError(f"{path}: the header has the key {key!r} twice: {AGAIN}")
-            seen[key] = value
-        return seen
-
+    """The header as a dict; a key said twice is an error."""
     try:
         text = header.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -108,12 +97,9 @@ def parse(header: bytes, path: Path) -> dict[str, Any]:
             f"{path}: the header is not UTF-8 at byte {8 + error.start}: {AGAIN}"
         ) from None
     try:
-        parsed = json.loads(text, object_pairs_hook=unique)
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        reason = "it nests too deep" if isinstance(error, RecursionError) else str(error)
-        raise InputError(f"{path}: the header is not JSON ({reason[:100]}): {AGAIN}") from None
+        parsed = unique_keys(text)
+    except ValueError as error:
+        raise InputError(f"{path}: the header is not JSON ({str(error)[:100]}): {AGAIN}") from None
     if not isinstance(parsed, dict):
         raise InputError(f"{path}: the header must be a JSON object: {AGAIN}")
     return parsed
@@ -167,43 +153,6 @@ def tile(claims: list[Claim], size: int, path: Path) -> None:
         raise InputError(f"{path}: {size - at} bytes follow the last tensor: {AGAIN}")
 
 
-def refuse_impostor(path: Path) -> None:
-    """Name what is wrong with a path that holds no weights at all.
-
-    Raises:
-        InputError: nothing there, a dangling or looping link, a folder, a device, an empty file, a
-            Git LFS pointer, or a web page.
-    """
-    try:
-        kind = path.stat()
-    except OSError as error:
-        if path.is_symlink():
-            loops = "loop" if isinstance(error, FileNotFoundError) is False else "to nothing"
-            lead = f"is a link in a {loops}" if loops == "loop" else f"is a link {loops}"
-            raise InputError(f"{path} {lead}: download the checkpoint again") from None
-        reason = "is not there" if isinstance(error, FileNotFoundError) else f"{error.strerror}"
-        raise InputError(f"{path} {reason}: check the path") from None
-    if path.is_dir():
-        raise InputError(f"{path} is a folder, where a file of weights belongs")
-    if not path.is_file():
-        raise InputError(f"{path} is not a regular file, so it holds no weights")
-    if kind.st_size == 0:
-        raise InputError(f"{path} is empty: {AGAIN}")
-    try:
-        with path.open("rb") as file:
-            head = file.read(512)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): check its mode") from None
-    if head.startswith(b"version https://git-lfs"):
-        raise InputError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`")
-    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<!--")):
-        raise InputError(
-            f"{path} is a web page, not the weights: download the file itself, signed in if the "
-            "site asks for it"
-        )
-
-
 class Entry(NamedTuple):
     """A tensor to be written; `read` is called once, in the order of the file."""
 
@@ -254,23 +203,3 @@ def write(
             if array.shape != e.shape:
                 raise ValueError(f"{e.key} has shape {array.shape}, announced as {e.shape}")
             file.write(array.reshape(-1).view(np.uint8).data)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Any]:
-    """A file beside `path` that takes its name when the block ends well and is gone otherwise."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp gives 0600; a checkpoint gets what the user's umask allows.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise

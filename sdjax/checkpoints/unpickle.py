@@ -1,0 +1,498 @@
+"""A pickle machine that can build tensors and containers and nothing else.
+
+Python's own unpickler imports and calls whatever a file asks for. This one never imports, calls no
+object of the file's choosing and sets no attribute: a global is looked up in a fixed table. Globals
+of the standard library, of torch and of numpy that are not in it end the reading, since a
+checkpoint has no use for them and an attack has; those of other packages (Lightning's callbacks,
+OmegaConf's configs) become inert stand-ins that swallow what is done to them.
+Opcodes: PEP 3154 and the standard library's `pickletools`.
+"""
+
+import pickletools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from sdjax.checkpoints.tensors import BFLOAT16, Map
+from sdjax.errors import InputError
+
+BYTES = 64 * 2**20
+"""The longest pickle that is read; a training checkpoint's, weights apart, takes 3 MB."""
+
+WORK = 4_000_000
+"""Opcodes executed, and elements copied by calls, before a pickle is refused."""
+
+
+class Reader:
+    """The bytes of a file from `start`, for `pickletools`; no read passes `stop`."""
+
+    def __init__(self, file: Map, start: int, stop: int):
+        self.file, self.at, self.stop = file, start, stop
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes."""
+        stop = min(self.at + size, self.stop)
+        if stop - self.at > BYTES:
+            raise ValueError(f"an object of {size} bytes")
+        data = self.file.bytes(self.at, stop)
+        self.at = stop
+        return data
+
+    def readline(self) -> bytes:
+        """Up to and with the next newline."""
+        line = self.file.bytes(self.at, min(self.at + 8192, self.stop))
+        end = line.find(b"\n")
+        if end < 0:
+            raise ValueError("a line without an end")
+        self.at += end + 1
+        return line[: end + 1]
+
+    def tell(self) -> int:
+        """Where the next byte is."""
+        return self.at
+
+
+@dataclass(eq=False)
+class Inert:
+    """A stand-in for an object that is not built: named, and nothing else."""
+
+    name: str
+
+
+class Function(NamedTuple):
+    """One of the few calls that are carried out."""
+
+    name: str
+    call: Callable[..., Any]
+    flat: bool = False
+
+
+class StorageType(NamedTuple):
+    """A torch storage class; `dtype` None for bytes without one."""
+
+    dtype: np.dtype | None
+
+
+@dataclass(eq=False)
+class Storage:
+    """A run of numbers: placed in the file by its container, or a window of another."""
+
+    key: str
+    dtype: np.dtype | None
+    numel: int
+    start: int | None = None
+    data: Callable[[], np.ndarray] | None = None
+    root: "Storage | None" = None
+    skip: int = 0
+
+    @property
+    def begin(self) -> int | None:
+        """The byte where it begins in the file; None when it is compressed."""
+        if self.root is None:
+            return self.start
+        if self.root.begin is None or self.dtype is None:
+            return None
+        return self.root.begin + self.skip * self.dtype.itemsize
+
+
+@dataclass(eq=False)
+class View:
+    """A tensor: part of a storage, checked to lie inside it."""
+
+    storage: Storage
+    dtype: np.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def rebuild(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> View:
+    """`torch._utils._rebuild_tensor_v2`: a view of a storage."""
+    if not isinstance(storage, Storage):
+        raise ValueError("a tensor without a storage")
+    return view(storage, storage.dtype, offset, shape, stride)
+
+
+def rebuild_typed(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> View:
+    """`torch._utils._rebuild_tensor_v3`: a view of untyped bytes; the dtype comes last."""
+    if not isinstance(storage, Storage) or len(rest) < 3 or not isinstance(rest[2], StorageType):
+        raise ValueError("a tensor without a storage")
+    return view(storage, rest[2].dtype, offset, shape, stride)
+
+
+def view(storage: Storage, dtype: np.dtype | None, offset: Any, shape: Any, stride: Any) -> View:
+    """A tensor whose every element is one of its storage's own."""
+    numbers = [offset, *shape, *stride]
+    if any(type(n) is not int or not 0 <= n < 2**62 for n in numbers) or len(shape) > 32:
+        raise ValueError("a tensor whose sizes are no sizes")
+    if dtype is None or len(shape) != len(stride):
+        raise ValueError("a tensor without a dtype or with a stride of another rank")
+    size = 1
+    for length in shape:
+        size *= length
+    numel = storage.numel
+    if storage.dtype is None:
+        numel //= dtype.itemsize
+    last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+    if size and (last >= numel or size > numel):
+        raise ValueError(f"a tensor of shape {list(shape)[:8]} outside its storage of {numel}")
+    return View(storage, dtype, offset, tuple(shape), tuple(stride))
+
+
+def first(value: Any, *rest: Any) -> Any:
+    """`_rebuild_parameter`: a parameter is its data."""
+    return value
+
+
+def mapping(items: Any = (), *rest: Any) -> dict:
+    """`OrderedDict` and `defaultdict`: from pairs, as Python 2 wrote them, or empty."""
+    built: dict = {}
+    for pair in items if isinstance(items, list | tuple) else ():
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise ValueError("a dictionary of things that are no pairs")
+        insert(built, pair[0], pair[1])
+    return built
+
+
+_PLAIN = str | int | float | bytes | None | Inert
+
+
+def insert(built: dict, key: Any, value: Any) -> None:
+    """Set a new key; one that is costly to hash, such as a nested tuple, stands for itself."""
+    if isinstance(key, int) and abs(key) >= 2**64 or not isinstance(key, _PLAIN):
+        key = Inert("a key")
+    if key in built:
+        raise ValueError(f"the key {str(key)[:80]!r} twice")
+    built[key] = value
+
+
+_FLOATS = {"Half": np.float16, "BFloat16": BFLOAT16, "Float": np.float32, "Double": np.float64}
+_OTHERS = {
+    "Long": np.int64,
+    "Int": np.int32,
+    "Short": np.int16,
+    "Char": np.int8,
+    "Byte": np.uint8,
+    "Bool": np.bool_,
+    "ComplexFloat": np.complex64,
+    "ComplexDouble": np.complex128,
+    "Float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "Float8_e5m2": ml_dtypes.float8_e5m2,
+}
+_DTYPES = {
+    "float16 half": np.float16,
+    "bfloat16": BFLOAT16,
+    "float32 float": np.float32,
+    "float64 double": np.float64,
+    "int64 long": np.int64,
+    "int32 int": np.int32,
+    "int16 short": np.int16,
+    "int8": np.int8,
+    "uint8": np.uint8,
+    "uint16": np.uint16,
+    "uint32": np.uint32,
+    "uint64": np.uint64,
+    "bool": np.bool_,
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "float8_e5m2": ml_dtypes.float8_e5m2,
+}
+
+GLOBALS: dict[str, Any] = {
+    "torch._utils._rebuild_tensor": Function("tensor", rebuild),
+    "torch._utils._rebuild_tensor_v2": Function("tensor", rebuild),
+    "torch._utils._rebuild_tensor_v3": Function("tensor", rebuild_typed),
+    "torch._utils._rebuild_parameter": Function("parameter", first),
+    "torch._utils._rebuild_parameter_with_state": Function("parameter", first),
+    "torch.Size": Function("size", tuple, flat=True),
+    "collections.OrderedDict": Function("dict", mapping, flat=True),
+    "torch.storage.UntypedStorage": StorageType(None),
+    "torch.UntypedStorage": StorageType(None),
+}
+for _name, _dtype in {**_FLOATS, **_OTHERS}.items():
+    GLOBALS[f"torch.{_name}Storage"] = StorageType(np.dtype(_dtype))
+    GLOBALS[f"torch.cuda.{_name}Storage"] = StorageType(np.dtype(_dtype))
+for _names, _dtype in _DTYPES.items():
+    for _name in _names.split():
+        GLOBALS[f"torch.{_name}"] = StorageType(np.dtype(_dtype))
+
+_HARMLESS = {
+    "torch": "device Tensor nn.parameter.Parameter nn.parameter.Buffer serialization._get_layout "
+    "FloatTensor HalfTensor BFloat16Tensor DoubleTensor LongTensor IntTensor ByteTensor "
+    "cuda.FloatTensor cuda.HalfTensor cuda.LongTensor",
+    "numpy": "dtype ndarray core.multiarray.scalar core.multiarray._reconstruct "
+    "_core.multiarray.scalar _core.multiarray._reconstruct float64 float32 int64 int32 bool_ "
+    "dtypes.Float64DType dtypes.Float32DType dtypes.Int64DType",
+    "collections": "defaultdict Counter deque",
+    "builtins": "set frozenset list dict tuple int float str bool bytes bytearray complex object",
+    "__builtin__": "set frozenset list dict tuple int float str bool object long unicode",
+    "_codecs": "encode",
+    "copyreg": "_reconstructor",
+    "copy_reg": "_reconstructor",
+    "typing": "Any Dict List Union Optional Tuple",
+    "argparse": "Namespace",
+    "pathlib": "Path PosixPath PurePosixPath WindowsPath _local.PosixPath",
+    "datetime": "datetime date timedelta timezone",
+    "enum": "Enum",
+}
+HARMLESS = {f"{module}.{name}" for module, names in _HARMLESS.items() for name in names.split()}
+WATCHED = sys.stdlib_module_names | {
+    *("torch", "numpy", "jax", "sdjax", "pip", "setuptools", "pkg_resources", "IPython"),
+    *("__builtin__", "commands", "copy_reg", "cPickle", "dill", "cloudpickle", "joblib"),
+}
+"""Packages whose globals are refused unless they are listed above: Python's own come first."""
+
+
+def look_up(module: str, name: str, path: Path) -> Any:
+    """What stands for a global.
+
+    Raises:
+        InputError: for one that a checkpoint of weights has no use for.
+    """
+    if len(module) + len(name) > 500:
+        raise ValueError("a global with an endless name")
+    full = f"{module}.{name}"
+    if full in GLOBALS:
+        return GLOBALS[full]
+    if full not in HARMLESS and module.split(".")[0] in WATCHED:
+        raise InputError(
+            f"{path}: the pickle asks for {full[:100]!r}, which has no place among weights, so it "
+            "was not loaded and nothing in it ran: get the weights as safetensors from a source "
+            "you trust"
+        )
+    return Inert(full)
+
+
+def load(source: Reader, path: Path, persistent: Callable[[Any], Any]) -> Any:
+    """Build what one pickle describes, reading `source` up to its end.
+
+    Args:
+        source: where; stands behind the pickle afterwards.
+        path: the file, for errors.
+        persistent: makes an object of a persistent id.
+
+    Raises:
+        InputError: a global that is refused, a pickle that is damaged or too large.
+    """
+    try:
+        return _Machine(path, persistent).run(source)
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
+        text = str(error).split("\n")[0][:120]
+        raise InputError(
+            f"{path}: the pickle cannot be read ({text}): download it again, or get the weights "
+            "as safetensors"
+        ) from None
+
+
+class _Mark:
+    pass
+
+
+class _Machine:
+    def __init__(self, path: Path, persistent: Callable[[Any], Any]):
+        self.path, self.persistent = path, persistent
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+
+    def run(self, source: Reader) -> Any:
+        work = 0
+        begin = source.tell()
+        for code, argument, _ in pickletools.genops(source):
+            name = code.name
+            work += 1
+            if work > WORK or source.tell() - begin > BYTES:
+                raise ValueError("it is too large for a checkpoint's")
+            if name == "STOP":
+                return self.stack.pop()
+            if name in _CONSTANTS:
+                self.stack.append(_CONSTANTS[name])
+            elif name in _VALUES:
+                self.stack.append(argument)
+            elif name == "REDUCE":
+                arguments = self.stack.pop()
+                function = self.stack.pop()
+                if isinstance(function, Function) and function.flat and arguments:
+                    work += len(arguments[0])
+                self.stack.append(self.call(function, arguments))
+            else:
+                getattr(self, f"op_{name.lower()}")(argument)
+        raise ValueError("it has no end")
+
+    def call(self, function: Any, arguments: Any) -> Any:
+        if not isinstance(arguments, tuple):
+            raise ValueError("a call without arguments")
+        if isinstance(function, Function):
+            return function.call(*arguments)
+        if not isinstance(function, Inert):
+            raise ValueError(f"a call of a {type(function).__name__}")
+        if function.name == "collections.defaultdict":
+            return {}
+        return function if function.name.endswith(")") else Inert(f"{function.name}(...)")
+
+    def marked(self) -> list[Any]:
+        for at in range(len(self.stack) - 1, -1, -1):
+            if self.stack[at] is _Mark:
+                items = self.stack[at + 1 :]
+                del self.stack[at:]
+                return items
+        raise ValueError("a mark is missing")
+
+    def top(self) -> Any:
+        if self.stack[-1] is _Mark:
+            raise ValueError("a mark stands where an object belongs")
+        return self.stack[-1]
+
+    def op_proto(self, version: int) -> None:
+        if version > 5:
+            raise ValueError(f"protocol {version}")
+
+    def op_frame(self, size: int) -> None:
+        pass
+
+    def op_mark(self, _: Any) -> None:
+        self.stack.append(_Mark)
+
+    def op_pop(self, _: Any) -> None:
+        self.stack.pop()
+
+    def op_pop_mark(self, _: Any) -> None:
+        self.marked()
+
+    def op_dup(self, _: Any) -> None:
+        self.stack.append(self.top())
+
+    def op_memoize(self, _: Any) -> None:
+        self.memo[len(self.memo)] = self.top()
+
+    def op_put(self, index: Any) -> None:
+        self.memo[int(index)] = self.top()
+
+    op_binput = op_long_binput = op_put
+
+    def op_get(self, index: Any) -> None:
+        self.stack.append(self.memo[int(index)])
+
+    op_binget = op_long_binget = op_get
+
+    def op_empty_list(self, _: Any) -> None:
+        self.stack.append([])
+
+    # Sets are kept as lists: nothing that the file made is hashed but plain keys.
+    op_empty_set = op_empty_list
+
+    def op_empty_dict(self, _: Any) -> None:
+        self.stack.append({})
+
+    def op_list(self, _: Any) -> None:
+        self.stack.append(self.marked())
+
+    def op_tuple(self, _: Any) -> None:
+        self.stack.append((*self.marked(),))
+
+    op_frozenset = op_tuple
+
+    def op_tuple1(self, _: Any) -> None:
+        self.stack[-1:] = [(self.stack[-1],)]
+
+    def op_tuple2(self, _: Any) -> None:
+        self.stack[-2:] = [(self.stack[-2], self.stack[-1])]
+
+    def op_tuple3(self, _: Any) -> None:
+        self.stack[-3:] = [(self.stack[-3], self.stack[-2], self.stack[-1])]
+
+    def op_dict(self, _: Any) -> None:
+        items = self.marked()
+        built: dict = {}
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            insert(built, key, value)
+        self.stack.append(built)
+
+    def extend(self, items: Any) -> None:
+        target = self.top()
+        if isinstance(target, list):
+            target.extend(items)
+        elif not isinstance(target, Inert):
+            raise ValueError(f"items for a {type(target).__name__}")
+
+    def op_append(self, _: Any) -> None:
+        item = self.stack.pop()
+        self.extend([item])
+
+    def op_appends(self, _: Any) -> None:
+        self.extend(self.marked())
+
+    op_additems = op_appends
+
+    def assign(self, items: Any) -> None:
+        target = self.top()
+        if isinstance(target, dict):
+            for key, value in zip(items[::2], items[1::2], strict=True):
+                insert(target, key, value)
+        elif not isinstance(target, Inert):
+            raise ValueError(f"keys for a {type(target).__name__}")
+
+    def op_setitem(self, _: Any) -> None:
+        value = self.stack.pop()
+        key = self.stack.pop()
+        self.assign([key, value])
+
+    def op_setitems(self, _: Any) -> None:
+        self.assign(self.marked())
+
+    def op_build(self, _: Any) -> None:
+        # State is dropped: attributes of a dictionary (`_metadata`) say nothing of its weights.
+        self.stack.pop()
+        self.top()
+
+    def op_global(self, names: str) -> None:
+        module, _, name = names.partition(" ")
+        self.stack.append(look_up(module, name, self.path))
+
+    def op_stack_global(self, _: Any) -> None:
+        name = self.stack.pop()
+        module = self.stack.pop()
+        if not isinstance(name, str) or not isinstance(module, str):
+            raise ValueError("a global without a name")
+        self.stack.append(look_up(module, name, self.path))
+
+    def op_newobj(self, _: Any) -> None:
+        arguments = self.stack.pop()
+        self.stack.append(self.call(self.stack.pop(), arguments))
+
+    def op_newobj_ex(self, _: Any) -> None:
+        self.stack.pop()
+        self.op_newobj(None)
+
+    def op_obj(self, _: Any) -> None:
+        made, *arguments = self.marked()
+        self.stack.append(self.call(made, (*arguments,)))
+
+    def op_inst(self, names: str) -> None:
+        arguments = (*self.marked(),)
+        self.op_global(names)
+        self.stack.append(self.call(self.stack.pop(), arguments))
+
+    def op_persid(self, name: str) -> None:
+        self.stack.append(self.persistent(name))
+
+    def op_binpersid(self, _: Any) -> None:
+        self.stack.append(self.persistent(self.stack.pop()))
+
+    def op_refuse(self, _: Any) -> None:
+        raise ValueError("an extension or a buffer outside the file")
+
+    op_ext1 = op_ext2 = op_ext4 = op_next_buffer = op_readonly_buffer = op_refuse
+
+
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_VALUES = frozenset(
+    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING "
+    "UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 "
+    "BYTEARRAY8".split()
+)
