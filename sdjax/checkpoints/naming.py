@@ -19,6 +19,8 @@ import numpy as np
 
 from sdjax.checkpoints.tensors import FLOATS, Tensor
 from sdjax.errors import InputError
+from sdjax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from sdjax.models.vae import AutoencoderKL
 
 NUMBERED = frozenset({"linear_1", "linear_2"})
 """Names that end in a number by themselves: the two layers of a time embedding."""
@@ -96,11 +98,11 @@ def expected(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def _init(module: Any, key: jax.Array) -> Any:
     """A module's parameters from the smallest inputs that reach all of them."""
-    if hasattr(module, "vocab_size"):
+    if isinstance(module, CLIPTextModel | CLIPTextModelWithProjection):
         return module.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
     side = 2 ** (len(module.block_out_channels) - 1)
     x = jnp.zeros((1, side, side, module.in_channels))
-    if hasattr(module, "latent_channels"):
+    if isinstance(module, AutoencoderKL):
         return module.init(key, x, method=_autoencode)["params"]
     context = jnp.zeros((1, 1, module.cross_attention_dim))
     more: dict[str, Any] = {}
@@ -110,7 +112,7 @@ def _init(module: Any, key: jax.Array) -> Any:
         width = module.projection_class_embeddings_input_dim - ids * module.addition_time_embed_dim
         more["added_text"] = jnp.zeros((1, width))
         more["added_time_ids"] = jnp.zeros((1, ids))
-    if module.num_class_embeds is not None or module.class_embed_type is not None:
+    if module.num_class_embeds is not None:
         more["class_labels"] = jnp.zeros((1,), jnp.int32)
     return module.init(key, x, jnp.zeros((1,), jnp.int32), context, **more)["params"]
 

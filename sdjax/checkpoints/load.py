@@ -1,0 +1,309 @@
+"""`load`: a checkpoint on disk or on the Hub to `(model, params)`."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdjax.checkpoints import folder, hub, naming, single_file
+from sdjax.checkpoints.tensors import Tensor, floating
+from sdjax.diffusion.schedules import Schedule
+from sdjax.errors import InputError
+from sdjax.model import FrozenConfig, Model
+from sdjax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from sdjax.models.unet import UNet
+from sdjax.models.vae import AutoencoderKL
+from sdjax.text import Tokenizer
+
+CLASSES = {
+    "unet": UNet,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+}
+"""The components with weights, in the order in which they are read."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A component before its weights are read: the module, its tensors, and where they are."""
+
+    module: Any
+    tensors: dict[str, Tensor]
+    path: Path
+
+    @property
+    def nbytes(self) -> int:
+        """What the file holds of it."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint before its weights are read: everything is known of it, and checked."""
+
+    path: Path
+    networks: dict[str, Network]
+    index: Mapping[str, Any]
+    scheduler: dict[str, Any]
+    tokenizers: dict[str, Tokenizer]
+
+    @property
+    def family(self) -> str:
+        """The shipped config that the networks are an instance of."""
+        return family({name: n.module for name, n in self.networks.items()}, self.scheduler)
+
+
+def load(
+    where: str | os.PathLike,
+    *,
+    dtype: Any = None,
+    config: str | os.PathLike | None = None,
+    ema: bool = False,
+    variant: str | None = None,
+    progress: bool | Progress = False,
+) -> tuple[Model, dict[str, Any]]:
+    """Load a model and its weights, without torch and without running anything of the file's.
+
+    Every header is checked before the first weight is read; then tensors are mapped, cast and
+    placed one by one, so that memory holds the params and one tensor.
+
+    Args:
+        where: a diffusers folder, a single file (.safetensors, .ckpt), a model's folder in the
+            Hub's cache, or a Hub id ("org/name").
+        dtype: "float32", "bfloat16" or "float16" to cast to; None keeps what is stored.
+        config: for a single file, the name of a shipped config or a TOML file of the same form.
+        ema: for a single file, take the UNet's moving average.
+        variant: for a folder, the variant of the files, such as "fp16".
+        progress: True for a bar on stderr, or a function of bytes read and bytes in all.
+
+    Returns:
+        The model, and its params: component ("unet", "vae", "text_encoder", ...) to nested dict.
+
+    Raises:
+        InputError: one sentence naming the file, the key and how to mend it.
+    """
+    target = None if dtype is None else floating(_name(dtype))
+    source = open(where, config=config, ema=ema, variant=variant)
+    if "unet" not in source.networks:
+        raise InputError(
+            f"{source.path} holds an autoencoder and no UNet: give a whole checkpoint, or load "
+            "this by sdjax.checkpoints.load_vae"
+        )
+    model = assemble(source, str(where))
+    return model, read(source, target, progress)
+
+
+def load_vae(
+    where: str | os.PathLike,
+    *,
+    dtype: Any = None,
+    config: str | os.PathLike | None = None,
+    variant: str | None = None,
+) -> tuple[AutoencoderKL, dict[str, Any]]:
+    """Load an autoencoder alone: from a VAE-only file, or out of a whole checkpoint.
+
+    Arguments and errors are those of `load`.
+    """
+    target = None if dtype is None else floating(_name(dtype))
+    source = open(where, config=config, variant=variant)
+    if "vae" not in source.networks:
+        raise InputError(f"{source.path} holds no autoencoder: give a checkpoint with a VAE")
+    network = source.networks["vae"]
+    params = naming.to_params(network.module, network.tensors, dtype=target, where=network.path)
+    return network.module, params
+
+
+def open(
+    where: str | os.PathLike,
+    *,
+    config: str | os.PathLike | None = None,
+    ema: bool = False,
+    variant: str | None = None,
+) -> Source:
+    """Find a checkpoint, read its configs and headers, and hold them against each other.
+
+    Raises:
+        InputError: as `load`, but for what only the weights themselves show.
+    """
+    path = Path(where)
+    if not path.exists() and not path.is_symlink() and hub.is_id(os.fspath(where)):
+        path = hub.download(os.fspath(where), variant)
+    if path.is_dir():
+        for name, value in (("config", config), ("ema", ema)):
+            if value:
+                raise InputError(
+                    f"{name} is for single files, and {path} is a folder, whose own files say: "
+                    "leave it out"
+                )
+        return open_folder(path, variant)
+    if variant is not None:
+        raise InputError(f"variant is for folders, and {path} is not one: leave it out")
+    return open_file(path, config, ema)
+
+
+def open_folder(path: Path, variant: str | None = None) -> Source:
+    """`open` for a diffusers folder."""
+    opened = folder.open(path, variant)
+    networks = {}
+    for name, part in opened.networks.items():
+        with_file = part.path / "config.json"
+        networks[name] = network(name, part.config, part.tensors, with_file, part.tensors.path)
+    tokenizers = {name: Tokenizer.load(where) for name, where in opened.tokenizers.items()}
+    for name in ("text_encoder", "text_encoder_2"):
+        if name in networks and name.replace("text_encoder", "tokenizer") not in tokenizers:
+            raise InputError(
+                f"{path / folder.INDEX} has {name!r} but no tokenizer for it: complete the "
+                "checkpoint"
+            )
+    scheduler = opened.schedulers["scheduler"]
+    schedule(scheduler, path / "scheduler" / "scheduler_config.json")
+    return complete(Source(opened.path, networks, opened.index, scheduler, tokenizers))
+
+
+def open_file(path: Path, config: str | os.PathLike | None, ema: bool) -> Source:
+    """`open` for a single file."""
+    tensors = folder.read(path)
+    chosen = None if config is None else os.fspath(config)
+    parts = single_file.read(tensors, chosen, ema)
+    networks = {
+        name: network(name, parts[name][0], parts[name][1], path, path)
+        for name in CLASSES
+        if name in parts
+    }
+    plain = {name: dict(part[0]) for name, part in parts.items() if name not in CLASSES}
+    tokenizers = {
+        name: Tokenizer.clip(plain[name].get("pad_token", "<|endoftext|>"))
+        for name in folder.TOKENIZERS
+        if name in plain
+    }
+    scheduler = plain.get("scheduler", {})
+    source = Source(path, networks, plain.get("model_index", {}), scheduler, tokenizers)
+    return complete(source) if "unet" in networks else source
+
+
+def complete(source: Source) -> Source:
+    """Check that the networks fit together.
+
+    Raises:
+        InputError: no text encoder, or states that the UNet does not take.
+    """
+    modules = {name: n.module for name, n in source.networks.items()}
+    encoders = [modules[name] for name in ("text_encoder", "text_encoder_2") if name in modules]
+    unet, vae = modules["unet"], modules.get("vae")
+    if vae is None or not encoders:
+        what = "autoencoder" if vae is None else "text encoder"
+        raise InputError(f"{source.path} has a UNet and no {what}: give a whole checkpoint")
+    width = sum(encoder.text.hidden_size for encoder in encoders)
+    if width != unet.cross_attention_dim:
+        raise InputError(
+            f"{source.path}: the UNet's 'cross_attention_dim' is {unet.cross_attention_dim}, and "
+            f"its text encoders give {width}: the parts belong to different models"
+        )
+    if unet.out_channels != vae.latent_channels:
+        raise InputError(
+            f"{source.path}: the UNet's 'out_channels' is {unet.out_channels}, and its autoencoder "
+            f"has {vae.latent_channels} 'latent_channels': the parts belong to different models"
+        )
+    return source
+
+
+def network(
+    name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], said: Path, path: Path
+) -> Network:
+    """A module from its config (which `said` holds), with the tensors that `path` has for it."""
+    try:
+        module = CLASSES[name].from_config(config)
+    except InputError as error:
+        raise InputError(f"{said}: {error}") from None
+    return Network(module, naming.check(module, tensors, path), path)
+
+
+def schedule(config: Mapping[str, Any], path: Path) -> Schedule:
+    """The training schedule of a scheduler's config, errors naming its file."""
+    try:
+        return Schedule.from_config(dict(config))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def assemble(source: Source, where: str) -> Model:
+    """The model of a checkpoint: everything but the weights."""
+    modules = {name: n.module for name, n in source.networks.items()}
+    zero = source.index.get("force_zeros_for_empty_prompt", source.family.startswith("sdxl"))
+    return Model(
+        unet=modules["unet"],
+        vae=modules["vae"],
+        text_encoder=modules.get("text_encoder"),
+        text_encoder_2=modules.get("text_encoder_2"),
+        tokenizer=source.tokenizers.get("tokenizer"),
+        tokenizer_2=source.tokenizers.get("tokenizer_2"),
+        schedule=schedule(source.scheduler, source.path),
+        scheduler=FrozenConfig.of(source.scheduler),
+        zero_negative=bool(zero) and "text_encoder_2" in modules,
+        family=source.family,
+        source=where,
+    )
+
+
+def read(source: Source, dtype: np.dtype | None, progress: bool | Progress) -> dict[str, Any]:
+    """Every component's params."""
+    total = sum(n.nbytes for n in source.networks.values())
+    report, close = _reporter(progress, total)
+    so_far = 0
+
+    def done(nbytes: int) -> None:
+        nonlocal so_far
+        so_far += nbytes
+        report(so_far, total)
+
+    try:
+        return {
+            name: naming.to_params(n.module, n.tensors, dtype=dtype, where=n.path, done=done)
+            for name, n in source.networks.items()
+        }
+    finally:
+        close()
+
+
+def family(modules: Mapping[str, Any], scheduler: Mapping[str, Any]) -> str:
+    """The name of the shipped config that networks are an instance of."""
+    unet, encoder = modules.get("unet"), modules.get("text_encoder")
+    if unet is None:
+        return ""
+    inpaint = "-inpaint" if unet.in_channels == 9 else ""
+    if unet.num_class_embeds is not None:
+        return "x4-upscaler"
+    if unet.addition_embed_type == "text_time":
+        return f"sdxl{inpaint}" if encoder is not None else "sdxl-refiner"
+    if encoder is None or encoder.text.hidden_act == "quick_gelu":
+        return f"sd1{inpaint}"
+    if inpaint:
+        return "sd2-inpaint"
+    return "sd2" if scheduler.get("prediction_type") == "v_prediction" else "sd2-base"
+
+
+def _reporter(progress: bool | Progress, total: int) -> tuple[Progress, Callable[[], None]]:
+    if callable(progress):
+        return progress, lambda: None
+    if not progress:
+        return lambda done, total: None, lambda: None
+    from tqdm import tqdm
+
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="loading")
+    return lambda done, total: bar.update(done - bar.n) and None, bar.close
+
+
+def _name(dtype: Any) -> str:
+    """A dtype, or its name, as a name."""
+    if isinstance(dtype, str):
+        return dtype
+    try:
+        return np.dtype(dtype).name
+    except TypeError:
+        return str(dtype)[:60]
