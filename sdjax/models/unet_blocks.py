@@ -1,0 +1,170 @@
+"""The UNet's down, middle and up blocks."""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from sdjax.models.layers import Conv, upsample_nearest
+from sdjax.models.resnet import Downsample, ResnetBlock
+from sdjax.models.unet_transformer import Projected, SpatialTransformer
+
+Skips = tuple[Float[Array, "b _h _w _c"], ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one block is built of; a hashable part of its module.
+
+    `depths` counts the transformer blocks after each residual block; it is empty in the blocks
+    without attention ("DownBlock2D", "UpBlock2D").
+    """
+
+    channels: int
+    layers: int
+    groups: int
+    epsilon: float
+    depths: tuple[int, ...] = ()
+    heads: int = 1
+    linear: bool = False
+    only_cross: bool = False
+    scale: float = 1.0
+
+    def resnets(self, count: int) -> list[ResnetBlock]:
+        """Build the residual blocks."""
+        resnet = (self.channels, self.groups, self.epsilon, self.scale)
+        return [ResnetBlock(*resnet) for _ in range(count)]
+
+    def attentions(self) -> list[SpatialTransformer]:
+        """Build the transformers, one for each of `depths`."""
+        return [
+            SpatialTransformer(
+                self.heads, self.channels, depth, self.groups, self.linear, self.only_cross
+            )
+            for depth in self.depths
+        ]
+
+
+class DownBlock(nn.Module):
+    """Residual blocks, each with its transformer if there is attention, then half the size."""
+
+    block: Block
+    downsample: bool
+    padding: int = 1
+
+    def setup(self) -> None:
+        """Name the parts as checkpoints do."""
+        self.resnets = self.block.resnets(self.block.layers)
+        self.attentions = self.block.attentions()
+        downsamplers = [Downsample(self.block.channels, self.padding)]
+        self.downsamplers = downsamplers if self.downsample else []
+
+    def project_context(self, context: Float[Array, "b t d"]) -> Projected:
+        """Return the transformers' keys and values."""
+        return _project(self.attentions, context)
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], temb: Float[Array, "b t"], projected: Projected
+    ) -> tuple[Float[Array, "b _h _w _c"], Skips]:
+        """Return the block's output, and every map that the way up will read."""
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, temb)
+            if self.attentions:
+                x = self.attentions[i](x, projected[f"attentions_{i}"])
+            skips.append(x)
+        for downsampler in self.downsamplers:
+            x = downsampler(x)
+            skips.append(x)
+        return x, tuple(skips)
+
+
+class MidBlock(nn.Module):
+    """A residual block, then pairs of transformer and residual block, at the smallest size.
+
+    Its self-attention is always that: `only_cross` is not for the middle.
+    """
+
+    block: Block
+
+    def setup(self) -> None:
+        """Name the parts as checkpoints do."""
+        self.resnets = self.block.resnets(1 + len(self.block.depths))
+        self.attentions = self.block.attentions()
+
+    def project_context(self, context: Float[Array, "b t d"]) -> Projected:
+        """Return the transformers' keys and values."""
+        return _project(self.attentions, context)
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], temb: Float[Array, "b t"], projected: Projected
+    ) -> Float[Array, "b h w c"]:
+        """Return [b, h, w, c]."""
+        x = self.resnets[0](x, temb)
+        for i, attention in enumerate(self.attentions):
+            x = self.resnets[i + 1](attention(x, projected[f"attentions_{i}"]), temb)
+        return x
+
+
+class UpBlock(nn.Module):
+    """Residual blocks over x and a skip side by side, their transformers, then the next size."""
+
+    block: Block
+    upsample: bool
+
+    def setup(self) -> None:
+        """Name the parts as checkpoints do."""
+        self.resnets = self.block.resnets(self.block.layers)
+        self.attentions = self.block.attentions()
+        self.upsamplers = [Upsample(self.block.channels)] if self.upsample else []
+
+    def project_context(self, context: Float[Array, "b t d"]) -> Projected:
+        """Return the transformers' keys and values."""
+        return _project(self.attentions, context)
+
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        skips: Skips,
+        temb: Float[Array, "b t"],
+        projected: Projected,
+        size: tuple[int, int],
+    ) -> Float[Array, "b _h _w _c"]:
+        """Read the skips from the last to the first; `size` is where an upsampling leads to."""
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(jnp.concatenate([x, skips[-1 - i]], axis=-1), temb)
+            if self.attentions:
+                x = self.attentions[i](x, projected[f"attentions_{i}"])
+        for upsampler in self.upsamplers:
+            x = upsampler(x, size)
+        return x
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour upsampling to the size of the skip that waits there, then a convolution.
+
+    That size is not always the double: 5 pixels became 3 on the way down.
+    """
+
+    channels: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], size: tuple[int, int]
+    ) -> Float[Array, "b H W channels"]:
+        """Return [b, *size, channels]."""
+        h, w = x.shape[1:3]
+        if size == (2 * h, 2 * w):
+            x = upsample_nearest(x)
+        else:
+            x = x[:, np.arange(size[0]) * h // size[0]][:, :, np.arange(size[1]) * w // size[1]]
+        return Conv(self.channels, name="conv")(x)
+
+
+def _project(
+    attentions: list[SpatialTransformer] | tuple[SpatialTransformer, ...],
+    context: Float[Array, "b t d"],
+) -> Projected:
+    return {f"attentions_{i}": a.project_context(context) for i, a in enumerate(attentions)}
