@@ -179,7 +179,7 @@ def tiny_vae(family="sd1", changes=None, seed=1):
 
 
 def tiny_clip(kind="clip-l", changes=None, seed=2, projection=None):
-    """A text encoder (with its projection when `projection`; so by default bigG), and its config."""
+    """A text encoder and its config; with a projection if `projection` (by default bigG only)."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(**(CLIPS[kind] | (changes or {})))
