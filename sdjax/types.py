@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeVar, dataclass_transform
+from typing import Any, NamedTuple, Protocol, TypeVar, dataclass_transform, runtime_checkable
 
 import jax
 import numpy as np
@@ -33,6 +33,7 @@ class Step(NamedTuple):
     sigma_next: Sigma  # 0 on most last steps
 
 
+@runtime_checkable
 class Noise(Protocol):
     """Unit-variance noise for the step sigma -> sigma_next; a pytree, an argument under jit.
 
@@ -42,12 +43,14 @@ class Noise(Protocol):
     def __call__(self, index: Index, sigma: Sigma, sigma_next: Sigma, draw: int = 0) -> Latents: ...
 
 
+@runtime_checkable
 class StepNoise(Protocol):
     """What a sampler is handed: `Noise` with the step's index already bound."""
 
     def __call__(self, sigma: Sigma, sigma_next: Sigma, draw: int = 0) -> Latents: ...
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """A pair of pure functions; a frozen dataclass under `pytree`."""
 
