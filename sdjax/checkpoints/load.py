@@ -1,6 +1,7 @@
 """`load`: a checkpoint on disk or on the Hub to `(model, params)`."""
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.checkpoints import folder, hub, naming, single_file
+from sdjax.checkpoints import detect, folder, hub, naming, single_file
 from sdjax.checkpoints.tensors import Tensor, floating
 from sdjax.diffusion.schedules import Schedule
 from sdjax.errors import InputError
@@ -52,6 +53,8 @@ class Source:
     index: Mapping[str, Any]
     scheduler: dict[str, Any]
     tokenizers: dict[str, Tokenizer]
+    note: str = ""
+    """What had to be assumed, in one line."""
 
     @property
     def family(self) -> str:
@@ -88,13 +91,15 @@ def load(
     Raises:
         InputError: one sentence naming the file, the key and how to mend it.
     """
-    target = None if dtype is None else floating(_name(dtype))
-    source = open(where, config=config, ema=ema, variant=variant)
+    target = None if dtype is None else floating(naming.dtype_name(dtype))
+    source = open_checkpoint(where, config=config, ema=ema, variant=variant)
     if "unet" not in source.networks:
         raise InputError(
             f"{source.path} holds an autoencoder and no UNet: give a whole checkpoint, or load "
             "this by sdjax.checkpoints.load_vae"
         )
+    if source.note:
+        warnings.warn(source.note, stacklevel=2)
     model = assemble(source, str(where))
     return model, read(source, target, progress)
 
@@ -110,16 +115,18 @@ def load_vae(
 
     Arguments and errors are those of `load`.
     """
-    target = None if dtype is None else floating(_name(dtype))
-    source = open(where, config=config, variant=variant)
+    target = None if dtype is None else floating(naming.dtype_name(dtype))
+    source = open_checkpoint(where, config=config, variant=variant)
     if "vae" not in source.networks:
         raise InputError(f"{source.path} holds no autoencoder: give a checkpoint with a VAE")
+    if source.note:
+        warnings.warn(source.note, stacklevel=2)
     network = source.networks["vae"]
     params = naming.to_params(network.module, network.tensors, dtype=target, where=network.path)
     return network.module, params
 
 
-def open(
+def open_checkpoint(
     where: str | os.PathLike,
     *,
     config: str | os.PathLike | None = None,
@@ -170,7 +177,8 @@ def open_file(path: Path, config: str | os.PathLike | None, ema: bool) -> Source
     """`open` for a single file."""
     tensors = folder.read(path)
     chosen = None if config is None else os.fspath(config)
-    parts = single_file.read(tensors, chosen, ema)
+    found = detect.identify(tensors, chosen)
+    parts = single_file.parts(tensors, found, ema)
     networks = {
         name: network(name, parts[name][0], parts[name][1], path, path)
         for name in CLASSES
@@ -183,7 +191,8 @@ def open_file(path: Path, config: str | os.PathLike | None, ema: bool) -> Source
         if name in plain
     }
     scheduler = plain.get("scheduler", {})
-    source = Source(path, networks, plain.get("model_index", {}), scheduler, tokenizers)
+    index, note = plain.get("model_index", {}), found.note or ""
+    source = Source(path, networks, index, scheduler, tokenizers, note)
     return complete(source) if "unet" in networks else source
 
 
@@ -297,13 +306,3 @@ def _reporter(progress: bool | Progress, total: int) -> tuple[Progress, Callable
 
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="loading")
     return lambda done, total: bar.update(done - bar.n) and None, bar.close
-
-
-def _name(dtype: Any) -> str:
-    """A dtype, or its name, as a name."""
-    if isinstance(dtype, str):
-        return dtype
-    try:
-        return np.dtype(dtype).name
-    except TypeError:
-        return str(dtype)[:60]

@@ -264,6 +264,14 @@ def place(tensor: Tensor, leaf: str, dtype: np.dtype | None) -> jax.Array:
     return jax.device_put(array)
 
 
+def dtype_name(dtype: Any) -> str:
+    """The name of a dtype, however it is given."""
+    try:
+        return dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    except TypeError:
+        return str(dtype)[:60]
+
+
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An uninitialised array on a 64-byte border, which jax on the CPU adopts without a copy."""
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize

@@ -58,7 +58,12 @@ def open(path: str | os.PathLike) -> Tensors:
             )
     if not found:
         raise InputError(f"{path} holds no tensors: it is not a checkpoint of weights")
-    return Tensors(found, path)
+    said = {
+        str(key): str(value)
+        for key, value in root.items()
+        if isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+    }
+    return Tensors(found, path, said)
 
 
 def state_dict(root: Any, path: Path) -> Mapping[Any, Any]:
