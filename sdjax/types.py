@@ -18,7 +18,8 @@ Index = Int[Array, ""] | Int[Array, "b 1 1 1"]
 """Shaped like sigma: images may stand at different steps."""
 
 Denoiser = Callable[[Latents, Sigma], Latents]
-"""E[x0 | x] at noise level sigma; a `jax.tree_util.Partial` of a module-level function under jit."""
+"""E[x0 | x] at noise level sigma; a `jax.tree_util.Partial` of a module-level function under jit.
+"""
 
 State = Any
 """A sampler's memory: a pytree whose leaves are [b, ...]."""
@@ -27,7 +28,7 @@ State = Any
 class Step(NamedTuple):
     """Where in the schedule one step stands."""
 
-    index: Index  # 0, 1, ...
+    index: Index  # type: ignore[assignment]  # 0, 1, ...; hides tuple.index
     left: Index  # steps left, this one included: 1 is the last
     sigma: Sigma  # > 0, also for images that are finished
     sigma_next: Sigma  # 0 on most last steps
@@ -77,11 +78,11 @@ def pytree(cls: type[T]) -> type[T]:
     do: in jax 0.10 two classes with equal fields get equal treedefs, and jit's cache then confuses
     them.
 
-    Python numbers among the leaves stay as they are until `leaves32` turns them to float32 at the jit boundary,
-    so that 1, 1.0 and float32(1) share one program.
+    Python numbers among the leaves stay as they are until `leaves32` turns them to float32 at the
+    jit boundary, so that 1, 1.0 and float32(1) share one program.
     """
     cls = dataclasses.dataclass(frozen=True)(cls)
-    fields = dataclasses.fields(cls)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     names = [f.name for f in fields if not f.metadata.get("static")]
     fixed = [f.name for f in fields if f.metadata.get("static")]
 
@@ -105,10 +106,10 @@ def pytree(cls: type[T]) -> type[T]:
 
 
 def leaves32(tree: T) -> T:
-    """The same tree with Python and numpy numbers as float32 or int32 arrays.
+    """The same tree with Python's and numpy's numbers, integers included, as float32.
 
-    Call it before a jit boundary: otherwise 1, 1.0 and float32(1) compile three programs.
-    Floats and integers among the leaves both become float32; arrays of other kinds stay.
+    Call it before a jit boundary: otherwise 1, 1.0 and float32(1) compile three programs. Float64
+    arrays become float32 too; arrays of other kinds stay.
     """
 
     def convert(leaf: Any) -> Any:

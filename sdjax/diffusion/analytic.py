@@ -19,13 +19,13 @@ class Gaussian:
 
     def __call__(self, x: Latents, sigma: Sigma) -> Latents:
         signal, noise = jnp.square(self.std), jnp.square(sigma)
-        return (self.mean * noise + x * signal) / (signal + noise)
+        return jnp.asarray((self.mean * noise + x * signal) / (signal + noise))
 
     def flow(self, x: Latents, sigma: Sigma, sigma_next: Sigma) -> Latents:
         """Where the probability-flow ODE takes x from sigma to sigma_next, exactly."""
         signal = jnp.square(self.std)
         ratio = (signal + jnp.square(sigma_next)) / (signal + jnp.square(sigma))
-        return self.mean + (x - self.mean) * jnp.sqrt(ratio)
+        return jnp.asarray(self.mean + (x - self.mean) * jnp.sqrt(ratio))
 
 
 @pytree

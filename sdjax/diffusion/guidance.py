@@ -8,10 +8,12 @@ from sdjax.types import Denoiser, Latents, Sigma
 
 
 def cfg(denoise: Denoiser, guidance_scale: ArrayLike) -> Denoiser:
-    """Classifier-free guidance: negative + scale (positive - negative). Ho and Salimans (2207.12598), eq. 6.
+    """Classifier-free guidance: negative + scale (positive - negative). Ho and Salimans
+    (2207.12598), eq. 6.
 
-    `denoise` works on twice the batch, its context negatives first, then positives; the result works on the batch.
-    `guidance_scale` is a number, [b] or [b, 1, 1, 1]; 1 is no guidance, at twice the cost.
+    `denoise` works on twice the batch, its context negatives first, then positives; the result
+    works on the batch. `guidance_scale` is a number, [b] or [b, 1, 1, 1]; 1 is no guidance, at
+    twice the cost.
     """
     return Partial(_cfg, partial(denoise), guidance_scale)
 
@@ -36,4 +38,4 @@ def _cfg(denoise: Denoiser, guidance_scale: ArrayLike, x: Latents, sigma: Sigma)
 
 
 def _clip(denoise: Denoiser, limit: ArrayLike, x: Latents, sigma: Sigma) -> Latents:
-    return jnp.clip(denoise(x, sigma), -limit, limit)
+    return jnp.clip(denoise(x, sigma), -jnp.asarray(limit), limit)

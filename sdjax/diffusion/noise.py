@@ -1,4 +1,4 @@
-"""Noise that belongs to an image: a function of its seed, the step and the draw, and of nothing else."""
+"""Noise that belongs to an image: a function of its seed, the step and the draw only."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -50,7 +50,8 @@ def start(keys: Key[Array, "b"], shape: tuple[int, ...]) -> Float[Array, "b ..."
 class White:
     """Fresh unit noise for every image, step and draw: the key folds in (index, draw).
 
-    Never the bits of sigma: a rounding difference would make another picture. Keys are [b], `shape` is one image's.
+    Never the bits of sigma: a rounding difference would make another picture. Keys are [b], `shape`
+    is one image's.
     """
 
     keys: Any
@@ -69,7 +70,9 @@ class White:
 
 @pytree
 class Tape:
-    """Recorded noise, to repeat what another program drew: `draws` [n, b, h, w, c], or [n, draws, b, h, w, c]."""
+    """Recorded noise, to repeat what another program drew: `draws` [n, b, h, w, c], or [n, draws,
+    b, h, w, c].
+    """
 
     draws: Any
 

@@ -1,4 +1,6 @@
-"""How other programs discretise: sampler, sigmas and timesteps from a scheduler's config or by name."""
+"""How other programs discretise: sampler, sigmas and timesteps from a scheduler's config or by
+name.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,7 +28,7 @@ SPACINGS = spacings.NAMES
 
 
 class Plan(NamedTuple):
-    """One way to spend n evaluations: start from unit noise * init_scale, end with x * final_scale."""
+    """A run of n steps: start from unit noise * init_scale, end with x * final_scale."""
 
     sampler: Sampler
     sigmas: np.ndarray  # [n+1] float64, or [n+1, b, 1, 1, 1] after `batch`
@@ -66,14 +68,13 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
 def diffusers(config: Mapping[str, Any], steps: int) -> Plan:
     """What diffusers 0.42.1 does with a `scheduler_config.json` and a number of steps.
 
-    Timesteps are exact, sigmas equal in float32, quirks included (its tables are float32 too). A class or option that
-    is not written yet becomes its nearest, and `note` says so; an unknown class is refused.
+    Timesteps are exact, sigmas equal in float32, quirks included (its tables are float32 too). A
+    class or option that is not written yet becomes its nearest, and `note` says so; an unknown
+    class is refused.
     """
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in _CLASSES:
-        raise InputError(
-            f"_class_name {name!r:.60} is not a scheduler known here: use one of {', '.join(_CLASSES)}"
-        )
+        raise InputError(f"_class_name {name!r:.60} is unknown: use one of {', '.join(_CLASSES)}")
     if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
         raise InputError(f"steps must be a whole number of at least 1, got {steps!r:.60}")
     kind, instead = _CLASSES[name]
@@ -81,7 +82,8 @@ def diffusers(config: Mapping[str, Any], steps: int) -> Plan:
     make = {"ddim": _ddim, "ddpm": _ddpm, "dpmpp": _dpmpp}.get(kind, _sigma_space)
     plan = make(config, int(steps), Schedule.from_config(config), kind, notes)
     sigmas = plan.sigmas.astype(np.float32)
-    # A last step that goes nowhere is diffusers' no-op (its final sigma_min already reached), and `sample`'s end.
+    # A last step that goes nowhere is a no-op in diffusers (sigma_min is already reached), and
+    # `sample`'s end.
     if not (sigmas[1:-1] < sigmas[:-2]).all() or sigmas[-1] > sigmas[-2]:
         raise InputError(f"{name} has no {steps} different noise levels: take fewer steps")
     if read(config, "thresholding", bool, False):
@@ -94,30 +96,33 @@ def k_diffusion(
 ) -> Plan:
     """A sampler with a spacing, both of the user's choice, ending at sigma 0.
 
-    karras and exponential run from the schedule's sigma_max to its sigma_min, as in k-diffusion; leading, trailing
-    and linspace take diffusers' timesteps (leading with an offset of 1, as Stable Diffusion has it). The start is
-    noise * sigma_max, for leading noise * sqrt(1 + sigma^2).
+    karras and exponential run from the schedule's sigma_max to its sigma_min, as in k-diffusion;
+    leading, trailing and linspace take diffusers' timesteps (leading with an offset of 1, as Stable
+    Diffusion has it). The start is noise * sigma_max, for leading noise * sqrt(1 + sigma^2).
     """
     if isinstance(sampler, str):
         if sampler not in SAMPLERS:
             raise InputError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r:.60}")
-        sampler = SAMPLERS[sampler]()
+        chosen: Sampler = SAMPLERS[sampler]()
+    else:
+        chosen = sampler
     table = schedule.sigmas
     if spacing in ("karras", "exponential"):
         sigmas = getattr(spacings, spacing)(steps, table[0], table[-1])
-        return Plan(sampler, sigmas, log_timestep(table, sigmas[:-1]), float(sigmas[0]))
+        return Plan(chosen, sigmas, log_timestep(table, sigmas[:-1]), float(sigmas[0]))
     if spacing not in SPACINGS:
         raise InputError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r:.60}")
     t = _timesteps(spacing, steps, schedule.timesteps, 1 if steps < schedule.timesteps else 0)
     sigmas = np.append(schedule.sigma(t), 0.0)
-    return Plan(sampler, sigmas, t, _unit(sigmas[0]) if spacing == "leading" else float(sigmas[0]))
+    return Plan(chosen, sigmas, t, _unit(sigmas[0]) if spacing == "leading" else float(sigmas[0]))
 
 
 def batch(plans: Sequence[Plan]) -> Plan:
-    """One plan an image, as one plan: sigmas [n+1, b, 1, 1, 1], timesteps [n, b, 1, 1, 1], scales [b, 1, 1, 1].
+    """One plan an image, as one plan: sigmas [n+1, b, 1, 1, 1], timesteps [n, b, 1, 1, 1], scales
+    [b, 1, 1, 1].
 
-    Shorter plans are padded, so that images with unequal step counts share a program. The plans must have one kind of
-    sampler; its numbers may differ.
+    Shorter plans are padded, so that images with unequal step counts share a program. The plans
+    must have one kind of sampler; its numbers may differ.
     """
     n = max(len(plan.timesteps) for plan in plans)
     samplers = [plan.sampler for plan in plans]
@@ -149,13 +154,13 @@ def batch(plans: Sequence[Plan]) -> Plan:
 def _ddim(
     config: Mapping[str, Any], n: int, schedule: Schedule, kind: str, notes: list[str]
 ) -> Plan:
-    """Variance-preserving latents: the start is unit noise there, the end may stay above sigma 0."""
+    """Variance-preserving latents: the start is unit noise there, the end may stay above 0."""
     pndm = config["_class_name"] == "PNDMScheduler"
     total = schedule.timesteps
     t = _discrete(config, n, schedule)
     table = _vp_sigmas(schedule)
     final = 0.0 if read(config, "set_alpha_to_one", bool, not pndm) else table[0]
-    # The step goes down by T // n, whatever the spacing (only `leading` agrees with it for every n).
+    # The step goes down by T // n, whatever the spacing; only `leading` agrees for every n.
     below = t - total // n
     landings = np.where(below >= 0, table[np.maximum(below, 0).astype(int)], final)
     sigmas = np.append(table[t.astype(int)], landings[-1])
@@ -184,7 +189,9 @@ def _ddpm(
 def _sigma_space(
     config: Mapping[str, Any], n: int, schedule: Schedule, kind: str, notes: list[str]
 ) -> Plan:
-    """Euler, Euler ancestral, Heun: sigma space, fractional timesteps, a start that depends on the spacing."""
+    """Euler, Euler ancestral, Heun: sigma space, fractional timesteps, a start that depends on the
+    spacing.
+    """
     spacing = _spacing(config, "linspace")
     offset = read(config, "steps_offset", int, 0)
     # diffusers counts in float32; the fractions of linspace show it.
@@ -233,7 +240,9 @@ def _sigma_space(
 def _dpmpp(
     config: Mapping[str, Any], n: int, schedule: Schedule, kind: str, notes: list[str]
 ) -> Plan:
-    """DPM-Solver's own spacings (n + 1 timesteps, of which the last is dropped), variance-preserving latents."""
+    """DPM-Solver's own spacings (n + 1 timesteps, of which the last is dropped),
+    variance-preserving latents.
+    """
     if read(config, "use_flow_sigmas", bool, False):
         raise InputError(
             "use_flow_sigmas is for flow-matching models: take a scheduler for a diffusion model"
@@ -359,13 +368,15 @@ def _spacing(config: Mapping[str, Any], default: str) -> str:
 def _within(t: np.ndarray, schedule: Schedule) -> None:
     if t.min() < 0 or t.max() >= schedule.timesteps:
         raise InputError(
-            f"timestep {t.max():.0f} lies outside 0 .. {schedule.timesteps - 1}: take fewer steps or a smaller "
-            "steps_offset"
+            f"timestep {t.max():.0f} lies outside 0 .. {schedule.timesteps - 1}: take fewer "
+            "steps or a smaller steps_offset"
         )
 
 
 def _sigmas32(schedule: Schedule) -> np.ndarray:
-    """Sigmas [T] in float32 arithmetic, with the zero-SNR floor, as diffusers' sigma-space schedulers have them."""
+    """Sigmas [T] in float32 arithmetic, with the zero-SNR floor, as diffusers' sigma-space
+    schedulers have them.
+    """
     a = alphas_cumprod(schedule, single=True)
     return np.sqrt((1 - a) / a)
 

@@ -25,12 +25,15 @@ class Carry(NamedTuple):
 def sample(
     sampler: Sampler, denoise: Denoiser, x: Latents, sigmas: Sigmas, noise: Any = None
 ) -> Latents:
-    """Follow `sigmas` from x (at noise level sigmas[0]) to the last level, usually 0: then x is the image.
+    """Follow `sigmas` from x (at noise level sigmas[0]) to the last level, usually 0: then x is the
+    image.
 
-    Not jitted: callers jit. `noise` is a `Noise`, or keys [b] for white noise; a sampler that draws refuses None.
+    Not jitted: callers jit. `noise` is a `Noise`, or keys [b] for white noise; a sampler that draws
+    refuses None.
 
-    A step that does not change sigma ends its image: shorter schedules are padded by repeating their last value
-    (`spacings.pad`), and every image comes out as it would alone. Gradients flow to every argument.
+    A step that does not change sigma ends its image: shorter schedules are padded by repeating
+    their last value (`spacings.pad`), and every image comes out as it would alone. Gradients flow
+    to every argument.
     """
     return scan(sampler, denoise, begin(sampler, x), sigmas, noise).x
 
@@ -50,24 +53,25 @@ def scan(
     start: int | Int[Array, ""] = 0,
     length: int | None = None,
 ) -> Carry:
-    """Steps start .. start + length - 1 of the schedule, all of them by default; the rest of `sample`.
+    """Steps start .. start + length - 1 of the schedule, all of them by default.
 
-    `start` may be traced and `length` is static, so that one compiled program serves every segment of equal length:
+    `start` may be traced and `length` is static, so that one compiled program serves every segment
+    of equal length:
 
         segment = jax.jit(scan, static_argnames="length", donate_argnums=2)
         carry = begin(sampler, x)
         for start in range(0, n, 4):
             carry = segment(sampler, denoise, carry, sigmas, noise, start, length=4)
 
-    which shows progress without host callbacks, gives what `sample` gives, and may overhang the end: steps past it
-    cost nothing. `carry.x` between segments is the noisy image at sigmas[start].
+    which shows progress without host callbacks, gives what `sample` gives, and may overhang the
+    end: steps past it cost nothing. `carry.x` between segments is the noisy image at sigmas[start].
     """
     x = carry.x
     _check(x, sigmas)
     sigmas = jnp.asarray(sigmas, x.dtype)
     total = sigmas.shape[0] - 1
     length = total if length is None else length
-    draw = _noise(sampler, noise, x)
+    source = _noise(sampler, noise, x)
 
     moving = jnp.cumprod(sigmas[1:] != sigmas[:-1], axis=0, dtype=jnp.int32)
     steps = jnp.sum(moving, axis=0)  # an image's own count: [] or [b, 1, 1, 1]
@@ -75,8 +79,8 @@ def scan(
     def advance(carry: Carry, i: Int[Array, ""]) -> Carry:
         at = _step(sigmas, steps, i)
 
-        def bound(sigma: Sigma, sigma_next: Sigma, which: int = 0) -> Latents:
-            return draw(at.index, sigma, sigma_next, which)
+        def bound(sigma: Sigma, sigma_next: Sigma, draw: int = 0) -> Latents:
+            return source(at.index, sigma, sigma_next, draw)
 
         new = Carry(*sampler.step(denoise, carry.x, at, carry.state, bound))
         return jax.tree.map(lambda a, b: _where(i < steps, a, b), new, carry)
@@ -90,7 +94,9 @@ def scan(
 
 
 def _step(sigmas: Float[Array, "n ..."], steps: Index, i: Int[Array, ""]) -> Step:
-    """Where step i stands; an image that is finished stands at its last step again, an empty one at sigma 1."""
+    """Where step i stands; an image that is finished stands at its last step again, an empty one at
+    sigma 1.
+    """
     index = jnp.clip(i, 0, jnp.maximum(steps - 1, 0))
     sigma, sigma_next = (
         pick(sigmas, index),
@@ -106,26 +112,30 @@ def _step(sigmas: Float[Array, "n ..."], steps: Index, i: Int[Array, ""]) -> Ste
 
 
 def pick(table: Float[Array, "n ..."], index: Index) -> Float[Array, "..."]:
-    """table[index], where both may be one for all ([n], scalar) or one an image ([n, b, 1, 1, 1], [b, 1, 1, 1])."""
+    """table[index], where both may be one for all ([n], scalar) or one an image ([n, b, 1, 1, 1],
+    [b, 1, 1, 1]).
+    """
     if index.ndim == 0 or table.ndim == 1:
         return table[index]
     return jnp.take_along_axis(table, index[None], axis=0)[0]
 
 
 def _where(keep: Array, new: Array, old: Array) -> Array:
-    """`new` for the images that moved. `keep` is [] or [b, 1, 1, 1], leaves are [b, ...] of any rank."""
+    """`new` for the images that moved. `keep` is [] or [b, 1, 1, 1], leaves are [b, ...] of any
+    rank.
+    """
     keep = keep if keep.ndim == 0 else keep.reshape(keep.shape[0], *(1,) * (new.ndim - 1))
     return jnp.where(keep, new, old).astype(old.dtype)
 
 
 def _noise(sampler: Sampler, noise: Any, x: Latents) -> Noise:
-    """Keys become white noise; None becomes an error, at once where the sampler is known to draw."""
+    """Keys become white noise; None an error, at once where the sampler is known to draw."""
     refusal = InputError(
         f"{type(sampler).__name__} draws noise at every step, but noise is None: pass keys [b] "
         "(sdjax.diffusion.noise.keys(seeds)) or a Noise"
     )
     if noise is None:
-        # A sampler's `stochastic` says whether it will draw; without one, drawing itself is the sign.
+        # A sampler's `stochastic` says whether it will draw; else drawing itself is the sign.
         stochastic = getattr(sampler, "stochastic", None)
 
         def missing(index: Index, sigma: Sigma, sigma_next: Sigma, draw: int = 0) -> Latents:
@@ -159,7 +169,8 @@ def _check(x: Latents, sigmas: Sigmas) -> None:
     image = len(shape) == 5 and shape[1] in (1, x.shape[0]) and shape[2:] == (1, 1, 1)
     if not (len(shape) == 1 or image) or shape[0] < 2:
         raise InputError(
-            f"sigmas must be [n+1] or [n+1, {x.shape[0]}, 1, 1, 1] with n of at least 1, got {list(shape)}"
+            f"sigmas must be [n+1] or [n+1, {x.shape[0]}, 1, 1, 1] with n of at least 1, "
+            f"got {list(shape)}"
         )
     if isinstance(sigmas, np.ndarray) and not (np.isfinite(sigmas).all() and (sigmas >= 0).all()):
         raise InputError("sigmas must be finite and not negative")

@@ -1,4 +1,4 @@
-"""The training schedule: betas -> alpha-bar -> sigma, and between sigma and the training timestep."""
+"""The training schedule: betas -> alpha-bar -> sigma, and between sigma and the timestep."""
 
 import functools
 import math
@@ -27,12 +27,14 @@ Floats = Float[Array, "..."] | Float[np.ndarray, "..."]
 class Schedule:
     """How a network was trained: which noise level stands at which timestep, and what it predicts.
 
-    DDPM, Ho et al. (2006.11239): x_t = sqrt(a_t) x0 + sqrt(1 - a_t) n with a = cumprod(1 - beta). In sigma space
-    (Karras et al., 2206.00364) the same sample is x_t / sqrt(a_t) = x0 + sigma n, sigma = sqrt((1 - a) / a).
+    DDPM, Ho et al. (2006.11239): x_t = sqrt(a_t) x0 + sqrt(1 - a_t) n with a = cumprod(1 - beta).
+    In sigma space (Karras et al., 2206.00364) the same sample is x_t / sqrt(a_t) = x0 + sigma n,
+    sigma = sqrt((1 - a) / a).
 
-    Hyper-parameters only: hashable, static under jit. `sqrt` is CompVis's (beta = linspace(start, end)**0.5);
-    `squaredcos_cap_v2` is Nichol and Dhariwal's cosine (2102.09672, eq. 17, betas capped at 0.999). `zero_snr`
-    rescales so that the last timestep is pure noise (Lin et al., 2305.08891, algorithm 1).
+    Hyper-parameters only: hashable, static under jit. `sqrt` is CompVis's (beta = linspace(start,
+    end)**0.5); `squaredcos_cap_v2` is Nichol and Dhariwal's cosine (2102.09672, eq. 17, betas
+    capped at 0.999). `zero_snr` rescales so that the last timestep is pure noise (Lin et al.,
+    2305.08891, algorithm 1).
     """
 
     beta_schedule: str = "scaled_linear"
@@ -67,16 +69,20 @@ class Schedule:
         return float(self.sigmas[-1])
 
     def sigma(self, timestep: Any, log: bool = False) -> Table:
-        """Noise level at a timestep, which may be a fraction: linear between entries, or linear in log sigma."""
+        """Noise level at a timestep, which may be a fraction: linear between entries, or linear in
+        log sigma.
+        """
         at = np.arange(self.timesteps)
         if log:
             return np.exp(np.interp(timestep, at, np.log(self.sigmas)))
         return np.interp(timestep, at, self.sigmas)
 
     def timestep(self, sigma: Floats) -> Float[Array, "..."]:
-        """The timestep of a noise level, float32, by interpolation in log sigma; clamped to 0 .. T-1.
+        """The timestep of a noise level, float32, by interpolation in log sigma; clamped to 0 ..
+        T-1.
 
-        Exactly t at float32(sigmas[t]), so that a network sees whole numbers where it was trained on them.
+        Exactly t at float32(sigmas[t]), so that a network sees whole numbers where it was trained
+        on them.
         """
         if self.timesteps == 1:
             return jnp.zeros_like(sigma, jnp.float32)
@@ -90,7 +96,8 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
-        """The schedule that a diffusers `scheduler_config.json` describes; absent keys take its class's defaults.
+        """The schedule that a diffusers `scheduler_config.json` describes; absent keys take its
+        class's defaults.
 
         Configs are untrusted: types and ranges are checked, and errors name the key.
         """
@@ -122,7 +129,7 @@ class Schedule:
         )
 
     def config(self) -> dict[str, Any]:
-        """The keys of a diffusers scheduler config that say the same; `from_config` is its inverse."""
+        """The keys of a diffusers scheduler config that say the same, for `from_config`."""
         return {
             "beta_schedule": self.beta_schedule,
             "beta_start": self.beta_start,
@@ -137,12 +144,13 @@ class Schedule:
 def to_x0(schedule: Schedule, out: Latents, x: Latents, sigma: Sigma) -> Latents:
     """x0 from what the network said about x / sqrt(1 + sigma^2).
 
-    epsilon: x - sigma out. v (Salimans and Ho, 2202.00512): x / (1 + sigma^2) - sigma / sqrt(1 + sigma^2) out.
+    epsilon: x - sigma out. v (Salimans and Ho, 2202.00512): x / (1 + sigma^2) - sigma / sqrt(1 +
+    sigma^2) out.
     """
     if schedule.prediction == "epsilon":
         return x - sigma * out
     if schedule.prediction == "v_prediction":
-        # Divided twice by sqrt(1 + sigma^2): at a zero-SNR sigma its square may leave float32's comfort.
+        # Divided twice by the root: zero-SNR sigmas are large.
         scale = jnp.sqrt(1 + sigma**2)
         return x / scale / scale - sigma / scale * out
     return out
@@ -156,9 +164,10 @@ def planned_timestep(
 ) -> Float[Array, "..."]:
     """The timestep at which to evaluate a network: the plan's own where sigma is one of its levels.
 
-    Profiles of other programs round or truncate timesteps, so that sigma alone does not say them. `sigmas` [n+1] or
-    [n+1, b, 1, 1, 1] and `timesteps` [n] (the same trailing shape) come from one `Plan`; at any other level (churn,
-    midpoints) the schedule's inverse answers. Returns sigma's shape, or [b, 1, 1, 1].
+    Profiles of other programs round or truncate timesteps, so that sigma alone does not say them.
+    `sigmas` [n+1] or [n+1, b, 1, 1, 1] and `timesteps` [n] (the same trailing shape) come from one
+    `Plan`; at any other level (churn, midpoints) the schedule's inverse answers. Returns sigma's
+    shape, or [b, 1, 1, 1].
     """
     between = schedule.timestep(sigma)
     if sigmas is None or timesteps is None:
@@ -177,8 +186,9 @@ def planned_timestep(
 def alphas_cumprod(schedule: Schedule, single: bool = False) -> Table:
     """alpha-bar [T], with exactly 0 at the end under `zero_snr` replaced by `ZERO_SNR_FLOOR`.
 
-    `single` repeats diffusers' arithmetic: betas in float32, their product accumulated in double and rounded to
-    float32. It moves the smallest sigma by 1.3e-5 of itself, which parity with that program can see.
+    `single` repeats diffusers' arithmetic: betas in float32, their product accumulated in double
+    and rounded to float32. It moves the smallest sigma by 1.3e-5 of itself, which parity with that
+    program can see.
     """
     table = _alphas_cumprod(schedule, single)
     if not schedule.zero_snr:
@@ -228,7 +238,7 @@ def _betas(schedule: Schedule, dtype: type) -> Table:
 
 
 def spread(start: float, end: float, n: int, dtype: type) -> Table:
-    """`np.linspace`, or in float32 what torch computes: from both ends, with one rounding an entry."""
+    """`np.linspace`, or in float32 what torch computes: from both ends, rounded once."""
     if dtype is np.float64 or n == 1:
         return np.linspace(start, end, n).astype(dtype)
     a, b = np.float32(start), np.float32(end)
@@ -251,9 +261,7 @@ def read(
             f"{key} must be {_KINDS[kind]}, got {value!r:.60}: mend the scheduler config"
         )
     if choices and value not in choices:
-        raise InputError(
-            f"{key} must be one of {', '.join(choices)}, got {value!r:.60}: mend the scheduler config"
-        )
+        raise InputError(f"{key} must be one of {', '.join(choices)}, got {value!r:.60}")
     return value
 
 
@@ -288,8 +296,8 @@ def _check(schedule: Schedule) -> None:
     if schedule.trained_betas is not None:
         if len(schedule.trained_betas) != schedule.timesteps:
             raise InputError(
-                f"trained_betas has {len(schedule.trained_betas)} entries but num_train_timesteps is "
-                f"{schedule.timesteps}: make them equal"
+                f"trained_betas has {len(schedule.trained_betas)} entries but "
+                f"num_train_timesteps is {schedule.timesteps}: make them equal"
             )
         for beta in schedule.trained_betas:
             if not 0 < beta < 1:
@@ -303,5 +311,5 @@ def _check(schedule: Schedule) -> None:
     a = _alphas_cumprod(schedule, False)
     if not a[-2 if schedule.zero_snr else -1] > 1e-30:
         raise InputError(
-            f"betas so large over num_train_timesteps={schedule.timesteps} that no signal is left: {mend}"
+            f"betas leave no signal after num_train_timesteps={schedule.timesteps}: {mend}"
         )

@@ -15,7 +15,7 @@ NAMES = ("karras", "exponential", "leading", "trailing", "linspace")
 def karras(
     n: int, sigma_min: float, sigma_max: float, rho: float = 7.0, final: float = 0.0
 ) -> Levels:
-    """Sigmas [n+1] evenly spaced in sigma^(1/rho), then `final`. Karras et al. (2206.00364), eq. 5."""
+    """Sigmas [n+1] even in sigma^(1/rho), then `final`: Karras et al. (2206.00364), eq. 5."""
     _check(n)
     ramp = np.linspace(0, 1, n)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
@@ -23,7 +23,9 @@ def karras(
 
 
 def exponential(n: int, sigma_min: float, sigma_max: float, final: float = 0.0) -> Levels:
-    """Sigmas [n+1] evenly spaced in log sigma, then `final`: what DPM-Solver calls uniform in lambda (2206.00927)."""
+    """Sigmas [n+1] evenly spaced in log sigma, then `final`: what DPM-Solver calls uniform in
+    lambda (2206.00927).
+    """
     _check(n)
     return np.append(np.exp(np.linspace(np.log(sigma_max), np.log(sigma_min), n)), final)
 
@@ -31,7 +33,8 @@ def exponential(n: int, sigma_min: float, sigma_max: float, final: float = 0.0) 
 def leading(n: int, timesteps: int = 1000, offset: int = 0) -> Levels:
     """Timesteps [n]: multiples of timesteps // n, plus `offset`. Lin et al. (2305.08891), table 2.
 
-    Never the last training timestep: SD 1's choice (`offset` 1), and why its start is not pure noise.
+    Never the last training timestep: SD 1's choice (`offset` 1), and why its start is not pure
+    noise.
     """
     _check(n)
     if n > timesteps:
@@ -42,10 +45,12 @@ def leading(n: int, timesteps: int = 1000, offset: int = 0) -> Levels:
 
 
 def trailing(n: int, timesteps: int = 1000, start: int | None = None) -> Levels:
-    """Timesteps [n] counted down from the last by timesteps / n, rounded. Lin et al. (2305.08891), table 2.
+    """Timesteps [n] counted down from the last by timesteps / n, rounded. Lin et al. (2305.08891),
+    table 2.
 
-    `start` is one past the first timestep, `timesteps` unless a solver clips its range. For some n (61, 103, ...)
-    `np.arange` gives diffusers an entry too many, at timestep -1; it is left out here.
+    `start` is one past the first timestep, `timesteps` unless a solver clips its range. For some n
+    (61, 103, ...) `np.arange` gives diffusers an entry too many, at timestep -1; it is left out
+    here.
     """
     _check(n)
     if n > timesteps:
@@ -59,7 +64,8 @@ def trailing(n: int, timesteps: int = 1000, start: int | None = None) -> Levels:
 def linspace(n: int, timesteps: int = 1000, rounded: bool = False) -> Levels:
     """Timesteps [n] from the last to 0, both included. Lin et al. (2305.08891), table 2.
 
-    One step stands at timestep 0, which is hardly noise at all: numpy's linspace, kept as diffusers has it.
+    One step stands at timestep 0, which is hardly noise at all: numpy's linspace, kept as diffusers
+    has it.
     """
     _check(n)
     t = np.linspace(0, timesteps - 1, n)[::-1].copy()
@@ -69,7 +75,8 @@ def linspace(n: int, timesteps: int = 1000, rounded: bool = False) -> Levels:
 def pad(rows: Sequence[np.ndarray], length: int | None = None) -> np.ndarray:
     """Schedules of unequal length, one an image, as one array [n+1, b, 1, 1, 1].
 
-    A row ends by repeating its last value: `sample` takes a step that does not change sigma as the image's end.
+    A row ends by repeating its last value: `sample` takes a step that does not change sigma as the
+    image's end.
     """
     if len(rows) == 0:
         raise InputError("pad needs at least one schedule, got none")

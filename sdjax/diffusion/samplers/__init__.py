@@ -1,4 +1,6 @@
-"""Solvers, one family a file: Karras et al.'s sigma space, `denoise(x, sigma) -> x0`, and nothing else."""
+"""Solvers, one family a file: Karras et al.'s sigma space, `denoise(x, sigma) -> x0`, and nothing
+else.
+"""
 
 from sdjax.diffusion.samplers.ddim import DDIM
 from sdjax.diffusion.samplers.ddpm import DDPM

@@ -11,13 +11,14 @@ from sdjax.types import Denoiser, Latents, State, Step, StepNoise, pytree
 
 @pytree
 class DDIM:
-    """Denoising diffusion implicit models. Order 1, one evaluation a step, one draw where `eta` > 0.
+    """Denoising diffusion implicit models. Order 1, one evaluation a step, one draw where `eta` >
+    0.
 
     Song et al. (2010.02502), eq. 12 and 16, in sigma space: `eta` 0 is Euler, 1 is DDPM.
 
-    `landings` keeps a quirk of diffusers: its step always goes down by T // n timesteps, while the next evaluation
-    stands where the spacing says, on the same variance-preserving latents. Sigmas [n] or [n, b, 1, 1, 1] where each
-    step lands; None where the two agree.
+    `landings` keeps a quirk of diffusers: its step always goes down by T // n timesteps, while the
+    next evaluation stands where the spacing says, on the same variance-preserving latents. Sigmas
+    [n] or [n, b, 1, 1, 1] where each step lands; None where the two agree.
     """
 
     eta: ArrayLike = 0.0

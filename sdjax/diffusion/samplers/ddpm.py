@@ -13,12 +13,12 @@ VARIANCES = ("fixed_small", "fixed_large")
 class DDPM:
     """Denoising diffusion probabilistic models. Order 1, one evaluation a step, one draw.
 
-    Ho et al. (2006.11239), algorithm 2: the posterior's mean x0 + (s'/s)^2 (x - x0) and its variance s'^2 (s^2 -
-    s'^2) / s^2 ("fixed_small"), or the forward step's beta, (s^2 - s'^2)(1 + s'^2) / (1 + s^2) in sigma space
-    ("fixed_large"). No noise is added where the step ends at 0.
+    Ho et al. (2006.11239), algorithm 2: the posterior's mean x0 + (s'/s)^2 (x - x0) and its
+    variance s'^2 (s^2 - s'^2) / s^2 ("fixed_small"), or the forward step's beta, (s^2 - s'^2)(1 +
+    s'^2) / (1 + s^2) in sigma space ("fixed_large"). No noise is added where the step ends at 0.
     """
 
-    variance: str = static("fixed_small")
+    variance: str = static(default="fixed_small")
 
     def __post_init__(self) -> None:
         if self.variance not in VARIANCES:

@@ -17,18 +17,21 @@ class Memory(NamedTuple):
 
 @pytree
 class DPMSolverPP2M:
-    """The two-step multistep solver. Order 2, one evaluation a step; first order on the first step and into 0.
+    """The two-step multistep solver. Order 2, one evaluation a step; first order on the first step
+    and into 0.
 
-    Lu et al. (2211.01095), algorithm 2, in sigma space: with h = log(s / s') and r = h_before / h, the estimate is
-    extrapolated to x0 + (x0 - x0_before) / 2r and then followed as in Euler. `solver` "midpoint" is the paper's;
-    "heun" weighs the difference by (1 - (1 - e^-h) / h) / r instead, as diffusers does under that name.
+    Lu et al. (2211.01095), algorithm 2, in sigma space: with h = log(s / s') and r = h_before / h,
+    the estimate is extrapolated to x0 + (x0 - x0_before) / 2r and then followed as in Euler.
+    `solver` "midpoint" is the paper's; "heun" weighs the difference by (1 - (1 - e^-h) / h) / r
+    instead, as diffusers does under that name.
 
-    `first_order_at_end`: a last step that does not end at 0 is "never" first order, "always", or only in "short"
-    schedules of fewer than 15 steps: diffusers' euler_at_final and lower_order_final.
+    `first_order_at_end`: a last step that does not end at 0 is "never" first order, "always", or
+    only in "short" schedules of fewer than 15 steps: diffusers' euler_at_final and
+    lower_order_final.
     """
 
-    solver: str = static("midpoint")
-    first_order_at_end: str = static("never")
+    solver: str = static(default="midpoint")
+    first_order_at_end: str = static(default="never")
 
     def __post_init__(self) -> None:
         for name, known in (

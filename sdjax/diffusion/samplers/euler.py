@@ -11,8 +11,9 @@ from sdjax.types import Denoiser, Latents, Sigma, State, Step, StepNoise, pytree
 class Euler:
     """Euler's method for the probability-flow ODE. Order 1, one evaluation a step.
 
-    Karras et al. (2206.00364), algorithm 2 without the correction. Churn adds noise before a step: up to `s_churn`
-    over the whole run, where s_tmin <= sigma <= s_tmax, `s_noise` times its due. With `s_churn` 0 it is DDIM.
+    Karras et al. (2206.00364), algorithm 2 without the correction. Churn adds noise before a step:
+    up to `s_churn` over the whole run, where s_tmin <= sigma <= s_tmax, `s_noise` times its due.
+    With `s_churn` 0 it is DDIM.
     """
 
     s_churn: ArrayLike = 0.0
@@ -37,9 +38,11 @@ class Euler:
 
 @pytree
 class EulerAncestral:
-    """Euler down to a lower level, then fresh noise back up. Order 1, one evaluation a step, one draw.
+    """Euler down to a lower level, then fresh noise back up. Order 1, one evaluation a step, one
+    draw.
 
-    k-diffusion's `sample_euler_ancestral`. `eta` 1 is DDPM's posterior (2006.11239, eq. 7), 0 is Euler.
+    k-diffusion's `sample_euler_ancestral`. `eta` 1 is DDPM's posterior (2006.11239, eq. 7), 0 is
+    Euler.
     """
 
     eta: ArrayLike = 1.0
@@ -64,7 +67,8 @@ class EulerAncestral:
 def ancestral(sigma: Sigma, sigma_next: Sigma, eta: ArrayLike) -> tuple[Sigma, Sigma]:
     """The level to step down to, and the noise to add: down^2 + up^2 = sigma_next^2.
 
-    up = eta sigma_next sqrt(1 - (sigma_next / sigma)^2), at most sigma_next: DDIM's eq. 16 (2010.02502) in sigma.
+    up = eta sigma_next sqrt(1 - (sigma_next / sigma)^2), at most sigma_next: DDIM's eq. 16
+    (2010.02502) in sigma.
     """
     keep = jnp.square(sigma_next / sigma)
     up = jnp.square(eta) * (1 - keep)

@@ -10,7 +10,8 @@ from sdjax.types import Denoiser, Latents, State, Step, StepNoise, pytree
 
 @pytree
 class Heun:
-    """Euler's step, then again with the mean of both slopes. Order 2, two evaluations a step, one where it ends at 0.
+    """Euler's step, then again with the mean of both slopes. Order 2, two evaluations a step, one
+    where it ends at 0.
 
     Karras et al. (2206.00364), algorithm 2: EDM's sampler. Churn is as in `Euler`.
     """
