@@ -1,0 +1,304 @@
+"""Single files as CompVis, Stability and the community ship them: every network under one roof.
+
+`read` gives each component's tensors under diffusers' names, still unread: slices, transposes and
+reshapes of what the file maps. `write` is the inverse, so that loading, saving and loading again
+changes no bit.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdjax.checkpoints import compvis, detect, naming, openclip, safetensors
+from sdjax.checkpoints.compvis import inverse, rename
+from sdjax.checkpoints.detect import TITLES, UNET, VAE, Found, Place
+from sdjax.checkpoints.tensors import Tensor, Tensors
+from sdjax.errors import InputError
+
+EMA = "model_ema."
+
+TOLERATED = re.compile(
+    # The noise schedule, saved as buffers; it is rebuilt from the config.
+    r"(betas|alphas_cumprod|alphas_cumprod_prev|sqrt_alphas_cumprod|sqrt_one_minus_alphas_cumprod"
+    r"|log_one_minus_alphas_cumprod|sqrt_recip_alphas_cumprod|sqrt_recipm1_alphas_cumprod"
+    r"|posterior_variance|posterior_log_variance_clipped|posterior_mean_coef[12]|logvar"
+    r"|lvlb_weights|denoiser\.sigmas|low_scale_model\..*)"
+    # Averages of the weights, used or left by the choice of `ema`.
+    r"|model_ema\..*|first_stage_model\.model_ema\..*"
+    # The autoencoder's training loss, with its discriminator.
+    r"|(first_stage_model\.)?loss\..*"
+    # Of CLIP: constants, and what serves only to compare texts with images.
+    r"|(cond_stage_model|conditioner\.embedders\.\d)\.(transformer\.|model\.)?"
+    r"((text_model\.)?embeddings\.position_ids|logit_scale|attn_mask|text_projection(\.weight)?)"
+    # Markers, which `detect` has read.
+    r"|v_pred|ztsnr|global_step"
+)
+"""Keys that may be there and are not weights of a network: the documented list."""
+
+
+def read(
+    tensors: Tensors, config: str | Path | None = None, ema: bool = False
+) -> dict[str, tuple[dict[str, Any], Mapping[str, Tensor]]]:
+    """Every component of a single file: its config, and its tensors by diffusers' key, unread.
+
+    Components without weights (`scheduler`, `tokenizer`, `model_index`) have an empty mapping; of a
+    VAE-only file there is only `vae`. A tensor keeps the file's key as its `name`, for errors.
+
+    Args:
+        tensors: the file, open.
+        config: as for `detect.identify`.
+        ema: take the UNet's moving average, `model_ema.*`, which training checkpoints carry beside
+            the weights.
+
+    Raises:
+        InputError: as `detect.identify`; a key that is neither a weight nor in `TOLERATED`, one
+            weight under two keys, or no moving average where it is asked for.
+    """
+    return parts(tensors, detect.identify(tensors, config), ema)
+
+
+def parts(
+    tensors: Tensors, found: Found, ema: bool = False
+) -> dict[str, tuple[dict[str, Any], Mapping[str, Tensor]]]:
+    """`read`, of a file that is identified already."""
+    if ema and "unet" in found.places:
+        tensors = averaged(tensors)
+    read: dict[str, dict[str, Tensor]] = {part: {} for part in found.places}
+    converts = {
+        part: converter(part, found.configs[part], place) for part, place in found.places.items()
+    }
+    strays = []
+    for key, tensor in tensors.items():
+        part = next((p for p, at in found.places.items() if key.startswith(at.prefix)), None)
+        renamed = list(converts[part](key, tensor)) if part else []
+        for name, view in renamed:
+            if name in read[part]:
+                raise InputError(
+                    f"{tensors.path} has one weight under two keys, {read[part][name].name!r} and "
+                    f"{key!r}: remove one of them"
+                )
+            read[part][name] = view
+        if not renamed and not TOLERATED.fullmatch(key) and not dropped(key, found):
+            strays.append(key)
+    if strays:
+        raise InputError(
+            f"{tensors.path} has {naming.count(strays)} that {found.name!r} does not know: use the "
+            "config that belongs to these weights, or remove them"
+        )
+    whole(tensors, found, read)
+    if list(found.places) == ["vae"]:
+        return {"vae": (found.configs["vae"], read["vae"])}
+    return {part: (cfg, read.get(part, {})) for part, cfg in found.configs.items()}
+
+
+def whole(tensors: Tensors, found: Found, read: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Refuse a file that lacks a weight, naming its key as the file would spell it."""
+    for part, place in found.places.items():
+        config = found.configs[part]
+        spell = write_names(part, config, place)
+        wanted = naming.expected(module(part, config))
+        missing = list(dict.fromkeys(spell(key) for key in wanted if key not in read[part]))
+        if missing:
+            raise InputError(
+                f"{tensors.path} lacks {naming.count(missing)} of the {TITLES[part]} that "
+                f"{found.name!r} describes: use a complete download, or the config that belongs to "
+                "these weights"
+            )
+
+
+def module(part: str, config: Mapping[str, Any]) -> Any:
+    """The network of a component's config."""
+    from sdjax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
+    from sdjax.models.unet import UNet
+    from sdjax.models.vae import AutoencoderKL
+
+    kinds = {
+        "unet": UNet,
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel,
+        "text_encoder_2": CLIPTextModelWithProjection,
+    }
+    return kinds[part].from_config(dict(config))
+
+
+Convert = Callable[[str, Tensor], Iterator[tuple[str, Tensor]]]
+"""A file's key and tensor to diffusers' keys and views of it; nothing when it is no weight."""
+
+
+def converter(part: str, config: Mapping[str, Any], place: Place) -> Convert:
+    """How one component's keys, prefix included, become diffusers'."""
+    start = len(place.prefix)
+    if part in ("unet", "vae"):
+        back = inverse(compvis.unet(config) if part == "unet" else compvis.vae(config))
+
+        def from_compvis(key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+            name = rename(key[start:], back)
+            if name is None:
+                return
+            if part == "vae" and compvis.is_vae_projection(name) and len(tensor.shape) in (3, 4):
+                if all(length == 1 for length in tensor.shape[2:]):
+                    tensor = tensor.reshaped(tensor.shape[:2])
+            yield name, tensor
+
+        return from_compvis
+
+    wrapper = "text_model." if part == "text_encoder_2" else ""
+    if place.style == "openclip":
+        back = inverse(openclip.table(config))
+        projected = part == "text_encoder_2"
+
+        def from_openclip(key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+            for name, view in openclip.to_transformers(key[start:], tensor, config, back):
+                if not name.startswith(openclip.PROJECTION):
+                    yield wrapper + name, view
+                elif projected:
+                    yield name, view
+
+        return from_openclip
+
+    def from_transformers(key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        name = key[start:].removeprefix("text_model.")
+        if name.startswith(("embeddings.", "encoder.layers.", "final_layer_norm.")):
+            if name != "embeddings.position_ids":
+                yield wrapper + name, tensor
+
+    return from_transformers
+
+
+def dropped(key: str, found: Found) -> bool:
+    """Whether a key belongs to the part of SD2's text encoder that Stable Diffusion leaves out."""
+    place = found.places.get("text_encoder")
+    if place is None or place.style != "openclip" or not key.startswith(place.prefix):
+        return False
+    return openclip.is_dropped(key[len(place.prefix) :], found.configs["text_encoder"])
+
+
+def averaged(tensors: Tensors) -> Tensors:
+    """The file with its UNet's weights replaced by their moving average.
+
+    The average of `model.diffusion_model.a.b` is `model_ema.diffusion_modelab`: without its dots.
+    """
+    swapped = dict(tensors)
+    for key in tensors:
+        if key.startswith(UNET):
+            other = EMA + key.removeprefix("model.").replace(".", "")
+            if other not in tensors:
+                has = "some" if any(k.startswith(EMA) for k in tensors) else "no"
+                raise InputError(
+                    f"{tensors.path} has {has} EMA weights, and none for {key!r} (it would be "
+                    f"{other!r}): load it without ema (--ema)"
+                )
+            swapped[key] = tensors[other]
+    return Tensors(swapped, tensors.path, tensors.metadata)
+
+
+def write_names(part: str, config: Mapping[str, Any], place: Place) -> Callable[[str], str]:
+    """From a component's diffusers key to the key that its single file has: `read` inverted."""
+    if part in ("unet", "vae"):
+        names = compvis.unet(config) if part == "unet" else compvis.vae(config)
+        return lambda key: place.prefix + (rename(key, names) or key)
+    if place.style == "openclip":
+        table = openclip.table(config)
+
+        def to_openclip(key: str) -> str:
+            other = openclip.to_openclip(key.removeprefix("text_model."), table)
+            return place.prefix + (other[0] if other else key)
+
+        return to_openclip
+    return lambda key: f"{place.prefix}text_model.{key.removeprefix('text_model.')}"
+
+
+def places(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Place]:
+    """The layout that a model's family is published in, from its configs.
+
+    OpenCLIP's encoders have the exact GELU; CLIP-L its approximation by a sigmoid (`quick_gelu`).
+    """
+    where = {"unet": Place(UNET, "compvis"), "vae": Place(VAE, "compvis")}
+    where = {part: place for part, place in where.items() if part in configs}
+    first, second = "text_encoder" in configs, "text_encoder_2" in configs
+    if second:
+        where["text_encoder_2"] = Place(f"conditioner.embedders.{int(first)}.model.", "openclip")
+        if first:
+            place = Place("conditioner.embedders.0.transformer.", "transformers")
+            where["text_encoder"] = place
+    elif first:
+        exact = configs["text_encoder"].get("hidden_act") == "gelu"
+        style = ("model", "openclip") if exact else ("transformer", "transformers")
+        where["text_encoder"] = Place(f"cond_stage_model.{style[0]}.", style[1])
+    return where
+
+
+def write(
+    path: str | os.PathLike,
+    model: Any,
+    params: Mapping[str, Mapping[str, Any]],
+    dtype: np.dtype | None = None,
+) -> None:
+    """Write a model as one safetensors file, in the layout of its family.
+
+    Args:
+        path: where; an existing file is replaced once the new one is whole.
+        model: the bundle, for its networks' configs and its scheduler's.
+        params: component to nested dict.
+        dtype: what to cast to; None keeps each array's.
+
+    What the layout cannot say, the networks' configs, the reader takes from a shipped config or
+    from `config=`; the prediction is written as metadata, and as `v_pred` and `ztsnr` where these
+    apply.
+    """
+    modules = {part: getattr(model, part) for part in params}
+    configs = {part: module.config() for part, module in modules.items() if module is not None}
+    scheduler = model.scheduler.dict() if hasattr(model.scheduler, "dict") else model.scheduler
+    entries: list[safetensors.Entry] = []
+    for part, place in places(configs).items():
+        entries.extend(_entries(part, configs[part], place, params[part], dtype))
+    velocity = scheduler.get("prediction_type") == "v_prediction"
+    empty = np.zeros((0,), np.float32)
+    if velocity:
+        entries.append(safetensors.Entry("v_pred", (0,), empty.dtype, lambda: empty))
+    if scheduler.get("rescale_betas_zero_snr"):
+        entries.append(safetensors.Entry("ztsnr", (0,), empty.dtype, lambda: empty))
+    metadata = {"format": "pt", "modelspec.sai_model_spec": "1.0.0"}
+    metadata["modelspec.prediction_type"] = "v" if velocity else "epsilon"
+    safetensors.write(path, entries, metadata)
+
+
+def _entries(
+    part: str,
+    config: Mapping[str, Any],
+    place: Place,
+    params: Mapping[str, Any],
+    dtype: np.dtype | None,
+) -> Iterator[safetensors.Entry]:
+    """One component's arrays under the single file's names; q, k and v joined for OpenCLIP."""
+    spell = write_names(part, config, place)
+    groups: dict[str, list[tuple[tuple[str, ...], Any]]] = {}
+    for path, leaf in naming.flatten(params):
+        groups.setdefault(spell(naming.torch_key(path)), []).append((path, leaf))
+    for key, group in groups.items():
+        if len(group) > 1:
+            group.sort(key=lambda item: openclip.FUSED.index(item[0][-2]))
+        kind = dtype or np.dtype(group[0][1].dtype)
+        shapes = [naming.to_torch_shape(path[-1], leaf.shape) for path, leaf in group]
+        shape = (sum(s[0] for s in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
+        if part == "vae" and len(shape) == 2:
+            shape = (*shape, 1, 1)
+        flip = key.endswith(openclip.PROJECTION)
+        if flip:
+            shape = shape[::-1]
+        yield safetensors.Entry(key, shape, kind, _reader(group, shape, kind, flip))
+
+
+def _reader(
+    group: list[tuple[Any, Any]], shape: tuple[int, ...], dtype: np.dtype, flip: bool
+) -> Callable[[], np.ndarray]:
+    def read() -> np.ndarray:
+        arrays = [naming.to_torch_axes(path[-1], np.asarray(leaf)) for path, leaf in group]
+        array = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+        return (array.T if flip else array.reshape(shape)).astype(dtype, copy=False)
+
+    return read
