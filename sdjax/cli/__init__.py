@@ -1,0 +1,5 @@
+"""The command `sdjax`: parse, call, print."""
+
+from sdjax.cli.command import main
+
+__all__ = ["main"]

@@ -1,0 +1,140 @@
+"""The command line: what can be asked, and how it ends."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+from sdjax.cli import convert, generate, inspect
+from sdjax.cli.request import SAMPLERS, SPACINGS
+from sdjax.cli.show import Interrupted, note, say
+from sdjax.errors import InputError
+
+_MODEL = "a diffusers folder, a .safetensors or .ckpt file, or a hub id such as org/name"
+
+_CONFIG = "for a single file: a shipped config's name, or a TOML file"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its complaints in one sentence like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line."""
+        raise InputError(f"{message} (`{self.prog} --help` says what there is)")
+
+
+def parser() -> Parser:
+    """What can be asked. Values stay text here: `request` checks them all."""
+    top = Parser("sdjax", description="Stable Diffusion in JAX.", allow_abbrev=False)
+    top.add_argument("--version", action="store_true", help="say which sdjax this is")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+
+    make = commands.add_parser(
+        "generate",
+        help="make images from prompts",
+        description="Make images from prompts. Their paths go to standard output, all else to "
+        "standard error. An image is a function of weights, prompt, seed and settings; every "
+        "PNG carries them, and --from repeats it.",
+        allow_abbrev=False,
+    )
+    make.add_argument(
+        "prompts", nargs="*", metavar="PROMPT", help="what to see; several make several"
+    )
+    make.add_argument(
+        "--prompts", dest="file", metavar="FILE", help="prompts of a text file, one a line"
+    )
+    make.add_argument(
+        "--from",
+        dest="source",
+        metavar="IMAGE.png",
+        help="repeat an image; other options change it",
+    )
+    make.add_argument("--model", metavar="PATH", help=_MODEL)
+    make.add_argument("--negative", metavar="TEXT", help="what not to see")
+    make.add_argument("--steps", metavar="N", help="1 to 1000 (20)")
+    make.add_argument("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (the model's own)")
+    make.add_argument(
+        "--spacing",
+        metavar="NAME",
+        help=f"of noise levels: {', '.join(SPACINGS)} (the model's own)",
+    )
+    make.add_argument(
+        "--guidance", metavar="SCALE", help="how closely to follow the prompt; 1 is off (7.5)"
+    )
+    make.add_argument("--seed", metavar="N", help="0 to 2**64 - 1 (drawn, and said)")
+    make.add_argument(
+        "--count", metavar="N", help="images of each prompt, with seeds N, N + 1, ... (1)"
+    )
+    make.add_argument("--width", metavar="PIXELS", help="a multiple of 8 (the model's own)")
+    make.add_argument("--height", metavar="PIXELS", help="a multiple of 8 (the model's own)")
+    make.add_argument(
+        "--dtype", help="float32, bfloat16 or float16 (float32 on a CPU, elsewhere as stored)"
+    )
+    make.add_argument(
+        "--batch", metavar="N", help="images at once (one a device on a CPU, elsewhere four)"
+    )
+    make.add_argument(
+        "--out", metavar="PATH", help="a folder, or a name ending in .png for one image (images)"
+    )
+    _source(make)
+    make.add_argument(
+        "--cache-dir", metavar="PATH", help="where compiled programs are kept (~/.cache/sdjax/xla)"
+    )
+    make.add_argument("--no-cache", action="store_true", help="keep no compiled programs")
+
+    look = commands.add_parser("inspect", help="say what a checkpoint is", allow_abbrev=False)
+    look.add_argument("path", metavar="PATH", help=_MODEL)
+    look.add_argument("--json", action="store_true", help="for programs")
+    look.add_argument("--config", help=_CONFIG)
+    look.add_argument("--variant", help="of a folder's files, such as fp16")
+
+    change = commands.add_parser(
+        "convert",
+        help="write a checkpoint in another form",
+        description="Write a diffusers folder, or one file if OUT ends in .safetensors.",
+        allow_abbrev=False,
+    )
+    change.add_argument("path", metavar="IN", help=_MODEL)
+    change.add_argument("out", metavar="OUT", help="a folder, or a name ending in .safetensors")
+    change.add_argument("--dtype", help="float32, bfloat16 or float16 (as stored)")
+    change.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    _source(change)
+    return top
+
+
+def _source(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", help=_CONFIG)
+    command.add_argument("--ema", action="store_true", help="for a single file: averaged weights")
+    command.add_argument("--variant", help="of a folder's files, such as fp16")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; gives the exit status: 0, 2 for what cannot work, 130 when interrupted."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
+            _run(parser().parse_args(arguments))
+    except InputError as error:
+        note(f"error: {error}")
+        return 2
+    except KeyboardInterrupt as stop:
+        done = str(stop) if isinstance(stop, Interrupted) else "nothing was written"
+        print(file=sys.stderr)
+        note(f"stopped: {done}")
+        return 130
+    return 0
+
+
+def _run(asked: argparse.Namespace) -> None:
+    commands = {"generate": generate.run, "inspect": inspect.run, "convert": convert.run}
+    if asked.version:
+        from sdjax import __version__
+
+        say(f"sdjax {__version__}")
+    elif asked.command is None:
+        say(parser().format_help().rstrip())
+    else:
+        commands[asked.command](asked)

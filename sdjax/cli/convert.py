@@ -1,0 +1,40 @@
+"""`sdjax convert`: a checkpoint in another form."""
+
+import argparse
+import os
+from pathlib import Path
+
+from sdjax.cli.request import DTYPES, known
+from sdjax.cli.show import Progress, say
+from sdjax.errors import InputError
+
+
+def run(asked: argparse.Namespace) -> None:
+    """Check what can be checked, then load and save."""
+    dtype = known("dtype", asked.dtype, DTYPES)
+    out = Path(asked.out)
+    if os.path.lexists(out):
+        if not asked.overwrite and not (out.is_dir() and not any(out.iterdir())):
+            raise InputError(f"{out} is there already: give another name, or --overwrite")
+        if os.path.exists(asked.path) and os.path.realpath(asked.path) == os.path.realpath(out):
+            raise InputError(f"{out} is what is to be converted: give another name")
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"{out.absolute().parent} is not a folder: make it first")
+    import sdjax
+
+    progress = Progress()
+    try:
+        model, params = sdjax.load(
+            asked.path,
+            dtype=dtype,
+            config=asked.config,
+            ema=asked.ema,
+            variant=asked.variant,
+            progress=progress.loading,
+        )
+    finally:
+        progress.close()
+    try:
+        say(str(sdjax.save(out, model, params, overwrite=asked.overwrite)))
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror or error}") from None

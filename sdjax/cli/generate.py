@@ -1,0 +1,227 @@
+"""`sdjax generate`: prompts to PNGs."""
+
+import argparse
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sdjax import images
+from sdjax.cli import request
+from sdjax.cli.request import Request
+from sdjax.cli.show import Interrupted, Progress, note, printable, say
+from sdjax.errors import InputError
+
+if TYPE_CHECKING:
+    from sdjax.checkpoints.load import Source
+    from sdjax.model import Model
+
+_PAGE = 48  # images on one contact sheet
+
+
+class Job(NamedTuple):
+    """One image."""
+
+    prompt: str
+    seed: int
+
+
+def run(asked: argparse.Namespace) -> None:
+    """Check, load, and save every image as soon as its batch is made."""
+    wanted = request.read(asked)
+    keep_programs(asked)
+    from sdjax.checkpoints import digest
+    from sdjax.checkpoints.load import assemble, open_checkpoint, read
+    from sdjax.checkpoints.tensors import floating
+
+    source = open_checkpoint(
+        wanted.model, config=wanted.config, ema=wanted.ema, variant=wanted.variant
+    )
+    if "unet" not in source.networks:
+        raise InputError(f"{wanted.model} holds no UNet: give a whole checkpoint")
+    if source.note:
+        note(source.note)
+    model = assemble(source, wanted.model)
+    wanted = completed(wanted, model)
+    warn_of_cuts(wanted, source)
+    files = [tensor.path for part in source.networks.values() for tensor in part.tensors.values()]
+    weights = digest.of_files(files)
+    if wanted.repeats:
+        check_weights(wanted, model, weights)
+    settings = common_settings(wanted, model) | {"model_hash": weights}
+    progress = Progress()
+    saved: list[Path] = []
+    try:
+        dtype = floating(wanted.dtype) if wanted.dtype else None
+        params = read(source, dtype, progress.loading)
+        del source
+        for job, pixels in made(wanted, model, params, progress):
+            own = settings | {"prompt": job.prompt, "seed": job.seed}
+            stem = wanted.stem or images.safe_name(job.prompt, job.seed)
+            saved.append(images.save(wanted.folder, stem, pixels, own))
+            say(str(saved[-1]))
+    except KeyboardInterrupt:
+        where = f" in {wanted.folder}" if saved else ""
+        raise Interrupted(f"{len(saved)} of {_total(wanted)} images were saved{where}") from None
+    finally:
+        progress.close()
+    if len(saved) > 1:
+        write_sheets(wanted, saved)
+
+
+def keep_programs(asked: argparse.Namespace) -> None:
+    """Turn jax's persistent compilation cache on, wherever it can be written."""
+    import jax
+
+    if asked.no_cache:
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    folder = asked.cache_dir or os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if not folder:
+        from sdjax.checkpoints.digest import home
+
+        folder = str(home() / "xla")
+    if "://" not in folder:  # a bucket is jax's affair
+        try:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+        except OSError as error:
+            if asked.cache_dir:
+                raise InputError(f"no cache can be kept in {folder}: {error.strerror}") from None
+            return
+        if not os.access(folder, os.W_OK):
+            return
+    jax.config.update("jax_compilation_cache_dir", folder)
+    # By default jax keeps nothing that took under a second; here each program counts.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def completed(wanted: Request, model: "Model") -> Request:
+    """The request with the model's and the device's choices filled in, and what they refuse."""
+    import jax
+
+    from sdjax.parallel import device_count
+
+    cpu = jax.default_backend() == "cpu"
+    factor = model.vae.factor
+    sides = dict(zip(("height", "width"), model.size, strict=True))
+    for name in sides:
+        if getattr(wanted, name) is not None:
+            sides[name] = getattr(wanted, name)
+        if sides[name] % factor:
+            low = max(factor, sides[name] // factor * factor)
+            raise InputError(f"{name} must be a multiple of {factor}, got {sides[name]}: try {low}")
+    return wanted._replace(
+        **sides,
+        dtype=wanted.dtype or ("float32" if cpu else None),
+        batch=wanted.batch or min(device_count() * (1 if cpu else 4), _total(wanted)),
+    )
+
+
+def warn_of_cuts(wanted: Request, source: "Source") -> None:
+    """Say which words a tokenizer has no room for."""
+    texts = dict.fromkeys([*wanted.prompts, wanted.negative or ""])
+    cuts = {}
+    for tokenizer in source.tokenizers.values():
+        for text, cut in zip(texts, tokenizer(list(texts)).dropped, strict=True):
+            if cut and len(cut) > len(cuts.get(text, ("", 0))[0]):
+                cuts[text] = cut, tokenizer.length
+    for text, (cut, length) in cuts.items():
+        note(
+            f"warning: {printable(text)[:40]!r}... is over {length} tokens; cut: {printable(cut)!r}"
+        )
+
+
+def check_weights(wanted: Request, model: "Model", found: str) -> None:
+    """Refuse to repeat an image with other weights, unless the user insists."""
+    old = wanted.repeats or {}
+    made_with = old.get("model_hash")
+    if made_with != found:
+        what = (
+            f"the weights of {wanted.model} ({found[:10]}) are not the image's ({made_with!s:.10})"
+        )
+    elif old.get("scheduler", model.scheduler.dict()) != model.scheduler.dict():
+        what = f"the scheduler's config in {wanted.model} is not the image's"
+    else:
+        return
+    if not wanted.insists:
+        raise InputError(f"{what}: give --model to make it with them all the same")
+    note(f"warning: {what}")
+
+
+def common_settings(wanted: Request, model: "Model") -> dict[str, Any]:
+    """What every image's PNG says."""
+    from sdjax import __version__
+    from sdjax.diffusion import profiles
+    from sdjax.tasks.plan import choose
+
+    plan = choose(model, wanted.steps, wanted.sampler, wanted.spacing)
+    if plan.note:
+        note(plan.note)
+    names = {kind: name for name, kind in profiles.SAMPLERS.items()}
+    here = os.path.exists(wanted.model)
+    return {
+        "version": __version__,
+        "negative_prompt": wanted.negative,
+        "steps": wanted.steps,
+        "sampler": wanted.sampler,
+        "sampler_name": names.get(type(plan.sampler)),
+        "spacing": wanted.spacing,
+        "guidance_scale": wanted.guidance,
+        "height": wanted.height,
+        "width": wanted.width,
+        "dtype": wanted.dtype,
+        "batch": wanted.batch,
+        "model": os.path.abspath(wanted.model) if here else wanted.model,
+        "model_name": Path(wanted.model).stem if here else wanted.model,
+        "config": wanted.config,
+        "ema": wanted.ema,
+        "variant": wanted.variant,
+        "scheduler": model.scheduler.dict(),
+    }
+
+
+def made(
+    wanted: Request, model: "Model", params: Any, progress: Progress
+) -> Iterator[tuple[Job, Any]]:
+    """Every image, batch by batch. The last batch is filled up, so that all are one program."""
+    from sdjax.tasks.text_to_image import text_to_image
+
+    jobs = [Job(prompt, seed) for prompt in wanted.prompts for seed in wanted.seeds]
+    for start in range(0, len(jobs), wanted.batch):
+        some = jobs[start : start + wanted.batch]
+        rows = some + some[-1:] * (wanted.batch - len(some))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # it says again what was said before
+            pixels = text_to_image(
+                model,
+                params,
+                [job.prompt for job in rows],
+                negative_prompts=wanted.negative,
+                seeds=[job.seed for job in rows],
+                steps=wanted.steps,
+                sampler=wanted.sampler,
+                spacing=wanted.spacing,
+                guidance_scale=wanted.guidance,
+                height=wanted.height,
+                width=wanted.width,
+                progress=progress.running,
+            )
+        yield from zip(some, pixels, strict=False)
+
+
+def write_sheets(wanted: Request, saved: list[Path]) -> None:
+    """Contact sheets of what was saved, 48 images on each."""
+    jobs = [(prompt, seed) for prompt in wanted.prompts for seed in wanted.seeds]
+    one = len(wanted.prompts) == 1
+    for start in range(0, len(saved), _PAGE):
+        page = slice(start, start + _PAGE)
+        pictures = [images.read(path) for path in saved[page]]
+        captions = [f"{seed}" if one else f"{seed} · {prompt}" for prompt, seed in jobs[page]]
+        sheet = images.contact_sheet(pictures, captions)
+        say(str(images.save(wanted.folder, "contact-sheet", sheet)))
+
+
+def _total(wanted: Request) -> int:
+    return len(wanted.prompts) * len(wanted.seeds)

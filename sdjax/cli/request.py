@@ -1,0 +1,221 @@
+"""What `sdjax generate` was asked for, checked in full before anything is loaded."""
+
+import argparse
+import difflib
+import math
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sdjax import images
+from sdjax.cli.show import note
+from sdjax.errors import InputError
+from sdjax.text import read_prompts
+
+# As in diffusion.profiles, which a test holds them against: asking should not wait for jax.
+SAMPLERS = ("euler", "euler_ancestral", "heun", "ddim", "ddpm", "dpmpp_2m")
+SPACINGS = ("karras", "exponential", "leading", "trailing", "linspace")
+DTYPES = ("float32", "bfloat16", "float16")
+LAST_SEED = 2**64 - 1
+
+
+class Request(NamedTuple):
+    """One run of `sdjax generate`; None leaves a choice to the model or the device."""
+
+    prompts: list[str]
+    negative: str | None
+    seeds: list[int]  # every prompt is made with each
+    steps: int
+    sampler: str | None
+    spacing: str | None
+    guidance: float
+    height: int | None
+    width: int | None
+    dtype: str | None
+    batch: int | None
+    model: str
+    config: str | None
+    ema: bool
+    variant: str | None
+    folder: Path
+    stem: str | None  # of the one image, where the user named it
+    repeats: Mapping[str, Any] | None  # the settings of the image that this repeats
+    insists: bool  # on this model, though another made that image
+
+
+def read(asked: argparse.Namespace) -> Request:
+    """Check every option; with --from, what is not given comes from the image."""
+    old: dict[str, Any] = images.read_settings(asked.source) if asked.source else {}
+
+    def given(name: str, key: str, default: Any = None) -> Any:
+        value = getattr(asked, name)
+        return value if value is not None else old.get(key, default)
+
+    prompts = _prompts(asked, old)
+    count = whole("count", asked.count or "1", 1, 1_000_000)
+    steps = whole("steps", given("steps", "steps", "20"), 1, 1000)
+    sampler = known("sampler", given("sampler", "sampler"), SAMPLERS)
+    spacing = known("spacing", given("spacing", "spacing"), SPACINGS)
+    guidance = number("guidance", given("guidance", "guidance_scale", "7.5"))
+    height, width = (side(name, given(name, name)) for name in ("height", "width"))
+    dtype = known("dtype", given("dtype", "dtype"), DTYPES)
+    batch = given("batch", "batch")
+    batch = whole("batch", batch, 1, 65536) if batch is not None else None
+    same = asked.model is None  # as the image's; its other options belong to that model
+    model = _model(given("model", "model"), asked.source if same else None)
+    place = _place(asked.out, len(prompts) * count)
+    return Request(
+        prompts=prompts,
+        negative=_text("negative", given("negative", "negative_prompt")),
+        seeds=_seeds(given("seed", "seed"), count),
+        steps=steps,
+        sampler=sampler,
+        spacing=spacing,
+        guidance=guidance,
+        height=height,
+        width=width,
+        dtype=dtype,
+        batch=batch,
+        model=model,
+        config=asked.config or (_text("config", old.get("config")) if same else None),
+        ema=asked.ema or (same and old.get("ema") is True),
+        variant=asked.variant or (_text("variant", old.get("variant")) if same else None),
+        folder=place[0],
+        stem=place[1],
+        repeats=old or None,
+        insists=not same,
+    )
+
+
+def whole(name: str, value: Any, low: int, high: int) -> int:
+    """A whole number in a range."""
+    text = str(value).strip()
+    if not re.fullmatch(r"[+-]?\d{1,30}", text, re.ASCII) or not low <= int(text) <= high:
+        top = "2**64 - 1" if high == LAST_SEED else high
+        raise InputError(f"{name} must be a whole number from {low} to {top}, got {_shown(text)}")
+    return int(text)
+
+
+def number(name: str, value: Any) -> float:
+    """A finite number."""
+    try:
+        result = float(value)
+    except (TypeError, ValueError):
+        result = math.nan
+    if not math.isfinite(result):
+        raise InputError(f"{name} must be a finite number such as 7.5, got {_shown(value)}")
+    return result
+
+
+def known(name: str, value: Any, names: Sequence[str]) -> str | None:
+    """One of some names, or none; the nearest is proposed for others."""
+    if value is None or value in names:
+        return value
+    plain = re.sub(r"[^a-z0-9+]+", "_", str(value).lower()).replace("++", "pp")
+    plain = {"euler_a": "euler_ancestral", "fp16": "float16", "fp32": "float32"}.get(plain, plain)
+    near = difflib.get_close_matches(plain, names, 1, 0.5)
+    mend = f"try {near[0]}" if near else f"there are {', '.join(names)}"
+    raise InputError(f"unknown {name} {_shown(value)}: {mend}")
+
+
+def side(name: str, value: Any) -> int | None:
+    """A height or width that the latent grid can hold."""
+    if value is None:
+        return None
+    pixels = whole(name, value, 1, 65536)
+    if pixels % 8:
+        low = pixels // 8 * 8
+        mend = f"{low} or {low + 8}" if low else "8"
+        raise InputError(f"{name} must be a multiple of 8, got {pixels}: try {mend}")
+    return pixels
+
+
+def _shown(value: Any) -> str:
+    """A value as the user wrote it, in quotes where it is no plain word."""
+    text = str(value)
+    return text[:60] if re.fullmatch(r"[\w.+-]+", text) else f"{text!r:.60}"
+
+
+def _prompts(asked: argparse.Namespace, old: Mapping[str, Any]) -> list[str]:
+    if asked.prompts and asked.file:
+        raise InputError("prompts were given both on the command line and by --prompts: take one")
+    prompts = list(asked.prompts)
+    if asked.file:
+        prompts = read_prompts(asked.file)
+    elif not prompts and "prompt" in old:
+        prompts = [old["prompt"]]
+    if not prompts:
+        raise InputError(
+            'no prompt was given: try sdjax generate "a lighthouse at dusk" --model PATH'
+        )
+    for prompt in prompts:
+        _text("prompt", prompt)
+    return prompts
+
+
+def _text(name: str, value: Any) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise InputError(f"{name} must be text, got {value!r:.60}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the {name} {ascii(value):.80} is not valid Unicode at character {error.start + 1}"
+        ) from None
+    return value
+
+
+def _seeds(value: Any, count: int) -> list[int]:
+    if value is None:
+        first = secrets.randbits(32)
+        note(f"seed {first}")
+    else:
+        first = whole("seed", value, 0, LAST_SEED)
+    if first + count - 1 > LAST_SEED:
+        raise InputError(
+            f"seed {first} and a count of {count} pass the last seed, 2**64 - 1: "
+            f"take a seed of at most {LAST_SEED - count + 1}"
+        )
+    return list(range(first, first + count))
+
+
+def _model(value: Any, source: str | None) -> str:
+    if not value:
+        raise InputError(
+            "no model was given: add --model PATH, a diffusers folder, a .safetensors or .ckpt "
+            "file, or a hub id such as org/name"
+        )
+    value = _text("model", value)
+    if "\0" in value:
+        raise InputError(f"model {ascii(value):.80} is no path")
+    hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", value)
+    if not os.path.lexists(value) and not hub_id:
+        why = f", where {source} was made: give --model" if source else ": check --model"
+        raise InputError(f"there is no model at {value}{why}")
+    return value
+
+
+def _place(out: str | None, total: int) -> tuple[Path, str | None]:
+    """The folder for images, and a name for the one; tried out before the work starts."""
+    path = Path(out or "images")
+    if "\0" in str(path):
+        raise InputError(f"out {ascii(out):.80} is no path")
+    stem = None
+    try:
+        if path.suffix.lower() == ".png" and not path.is_dir():
+            if total > 1:
+                raise InputError(f"{path} is one file, for {total} images: give --out a folder")
+            if os.path.lexists(path):
+                raise InputError(f"{path} is there already: give --out another name, or a folder")
+            path, stem = path.parent, path.stem
+        there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise InputError(f"no image can be written to {path}: {error.strerror}") from None
+    return path, stem
