@@ -4,6 +4,7 @@
 description. `pickle` is the object, where a tensor's persistent id is its name.
 """
 
+import io
 import struct
 import tarfile
 from pathlib import Path
@@ -13,8 +14,11 @@ from sdjax.checkpoints import unpickle
 from sdjax.checkpoints.files import AGAIN
 from sdjax.checkpoints.storages import stored, window
 from sdjax.checkpoints.tensors import Map
-from sdjax.checkpoints.unpickle import Inert, Reader, Storage, StorageType, View
+from sdjax.checkpoints.unpickle import Inert, Storage, StorageType, View
 from sdjax.errors import InputError
+
+ENTRY = 2**16
+"""The longest pickle between two storages; torch's have 60 bytes. The last lists all windows."""
 
 
 def begins(file: Map) -> bool:
@@ -48,20 +52,27 @@ def read(file: Map) -> tuple[Any, list[Storage]]:
     def refuse(saved: Any) -> Any:
         raise ValueError("a persistent id where none belongs")
 
-    source = Reader(file, *members["storages"])
+    at, stop = members["storages"]
+
+    def following(size: int = ENTRY) -> Any:
+        nonlocal at
+        source = unpickle.window(file, at, stop, size)
+        loaded = unpickle.load(source, path, refuse)
+        at += source.tell()
+        return loaded
+
     storages: dict[Any, Storage] = {}
-    for _ in range(counted(unpickle.load(source, path, refuse), path)):
-        entry = unpickle.load(source, path, refuse)
-        key, kind = fields(entry, path)[0], fields(entry, path)[2]
+    for _ in range(counted(following(), path)):
+        key, _, kind = fields(following(), path)
         if not isinstance(kind, StorageType) or kind.dtype is None:
             raise InputError(f"{path}: a storage is of no known type: {AGAIN}")
-        head = file.bytes(source.at, source.at + 8)
+        head = file.bytes(at, at + 8)
         numel = struct.unpack("<q", head)[0] if len(head) == 8 else -1
         if not 0 <= numel < 2**60:
             raise InputError(f"{path}: storage {str(key)[:80]!r} is damaged: {AGAIN}")
         storages[str(key)] = Storage(str(key), kind.dtype, numel)
-        source.at = stored(file, source.at, storages[str(key)])
-    views = unpickle.load(source, path, refuse)
+        at = stored(file, at, storages[str(key)])
+    views = following(unpickle.BYTES)
     for entry in views if isinstance(views, list) else ():
         target, root, offset, numel = fields(entry, path, 4)
         if str(root) not in storages:
@@ -70,7 +81,7 @@ def read(file: Map) -> tuple[Any, list[Storage]]:
             storages[str(target)] = window(storages[str(root)], None, offset, numel)
         except ValueError as error:
             raise InputError(f"{path}: {error}: {AGAIN}") from None
-    source = Reader(file, *members["tensors"])
+    source = unpickle.window(file, *members["tensors"])
     tensors: dict[str, View] = {}
     for _ in range(counted(unpickle.load(source, path, refuse), path)):
         key, storage, _ = fields(unpickle.load(source, path, refuse), path)
@@ -83,11 +94,11 @@ def read(file: Map) -> tuple[Any, list[Storage]]:
             return Inert("a module")
         return tensors[str(saved)]
 
-    root = unpickle.load(Reader(file, *members["pickle"]), path, persistent)
+    root = unpickle.load(unpickle.window(file, *members["pickle"]), path, persistent)
     return root, list(storages.values())
 
 
-def tar_view(source: Reader, storage: Storage, key: str, path: Path) -> View:
+def tar_view(source: io.BytesIO, storage: Storage, key: str, path: Path) -> View:
     """The binary description of one tensor in a tar: rank, sizes, strides, offset."""
     try:
         (rank,) = struct.unpack("<i", source.read(4))

@@ -6,6 +6,8 @@ pickle describes tensors as views of storages, and the numbers lie in the file u
 are mapped. `unpickle` reads the pickles; nothing here trusts what they say of sizes.
 """
 
+import functools
+import io
 import os
 import struct
 import zipfile
@@ -19,7 +21,7 @@ from sdjax.checkpoints import old_tar, unpickle
 from sdjax.checkpoints.files import AGAIN, refuse_impostor
 from sdjax.checkpoints.storages import Store, bound, stored
 from sdjax.checkpoints.tensors import Map, Tensor, Tensors
-from sdjax.checkpoints.unpickle import Inert, Reader, Storage, View
+from sdjax.checkpoints.unpickle import Inert, Storage, View
 from sdjax.errors import InputError
 
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -134,9 +136,9 @@ def read_zip(file: Map) -> tuple[Any, list[Storage]]:
     start = place(info, file)
     if start is None:
         data = inflate(archive, info, file, unpickle.BYTES)
-        source: Any = _Held(data)
+        source = io.BytesIO(data)
     else:
-        source = Reader(file, start, start + info.file_size)
+        source = unpickle.window(file, start, start + info.file_size)
     root = unpickle.load(source, path, store)
     for key, storage in store.found.items():
         found = entries.get(f"{prefix}data/{key}")
@@ -150,22 +152,8 @@ def read_zip(file: Map) -> tuple[Any, list[Storage]]:
         storage.start = place(found, file)
         if storage.start is None:
             # Somebody packed it again, compressed: inflated when it is read, and only as far.
-            def data(found: zipfile.ZipInfo = found, size: int = size) -> np.ndarray:
-                return np.frombuffer(inflate(archive, found, file, size), np.uint8)
-
-            storage.data = data
+            storage.data = functools.partial(inflated, archive, found, file, size)
     return root, list(store.found.values())
-
-
-class _Held(Reader):
-    """A reader of bytes in memory."""
-
-    def __init__(self, data: bytes):
-        class Held:
-            def bytes(self, start: int, stop: int) -> bytes:
-                return data[start:stop]
-
-        super().__init__(Held(), 0, len(data))  # type: ignore[arg-type]
 
 
 def place(info: zipfile.ZipInfo, file: Map) -> int | None:
@@ -197,9 +185,14 @@ def inflate(archive: zipfile.ZipFile, info: zipfile.ZipInfo, file: Map, limit: i
         ) from None
 
 
+def inflated(archive: zipfile.ZipFile, info: zipfile.ZipInfo, file: Map, size: int) -> np.ndarray:
+    """A compressed storage's bytes."""
+    return np.frombuffer(inflate(archive, info, file, size), np.uint8)
+
+
 def read_run(file: Map) -> tuple[Any, list[Storage]]:
     """The run of pickles: magic number, protocol, machine, the object, keys; then storages."""
-    source = Reader(file, 0, file.size)
+    source = unpickle.window(file, 0, file.size)
 
     def following(persistent: Any = None) -> Any:
         return unpickle.load(source, file.path, persistent or Store())

@@ -24,22 +24,24 @@ LIMIT = 100_000_000
 """The longest header that is read, in bytes; the reference implementation's own limit."""
 
 DTYPES = {
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
     "BF16": BFLOAT16,
+    "F16": np.dtype(np.float16),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
     "I8": np.dtype(np.int8),
-    "U64": np.dtype(np.uint64),
-    "U32": np.dtype(np.uint32),
-    "U16": np.dtype(np.uint16),
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+"""The names of dtypes, in the order in which the reference writer places their tensors."""
+
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -172,8 +174,8 @@ def write(
 ) -> None:
     """Write a safetensors file, one array in memory at a time, all of it or nothing.
 
-    Keys are sorted as the reference writer does (largest dtype first, then by name), so equal
-    weights give equal bytes. The file appears under its name only when it is whole.
+    Tensors stand as the reference writer places them (by dtype, then by key), so equal weights
+    give equal bytes. The file appears under its name only when it is whole.
 
     Args:
         path: where; an existing file is replaced.
@@ -181,7 +183,8 @@ def write(
         metadata: strings; {"format": "pt"} unless given, which transformers asks for.
     """
     path = Path(path)
-    order = sorted(entries, key=lambda e: (-e.dtype.itemsize, e.key))
+    places = list(DTYPES.values())
+    order = sorted(entries, key=lambda e: (places.index(e.dtype), e.key))
     header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     at = 0
     for e in order:
@@ -199,7 +202,7 @@ def write(
     with replacing(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for e in order:
-            array = np.ascontiguousarray(e.read(), e.dtype)
+            array = np.asarray(e.read(), e.dtype, order="C")
             if array.shape != e.shape:
                 raise ValueError(f"{e.key} has shape {array.shape}, announced as {e.shape}")
             file.write(array.reshape(-1).view(np.uint8).data)

@@ -145,7 +145,7 @@ def entry(
     def read() -> np.ndarray:
         array = np.asarray(leaf)
         with np.errstate(over="ignore"):
-            cast = np.ascontiguousarray(naming.to_torch_axes(path[-1], array), target)
+            cast = np.asarray(naming.to_torch_axes(path[-1], array), target, order="C")
         if target.itemsize < array.dtype.itemsize and not naming.finite(cast):
             raise InputError(
                 f"params have {'/'.join((name, *path))!r} with values too large for "

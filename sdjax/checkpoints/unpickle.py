@@ -8,6 +8,7 @@ OmegaConf's configs) become inert stand-ins that swallow what is done to them.
 Opcodes: PEP 3154 and the standard library's `pickletools`.
 """
 
+import io
 import pickletools
 import sys
 from collections.abc import Callable
@@ -24,37 +25,13 @@ from sdjax.errors import InputError
 BYTES = 64 * 2**20
 """The longest pickle that is read; a training checkpoint's, weights apart, takes 3 MB."""
 
-WORK = 4_000_000
+WORK = 1_000_000
 """Opcodes executed, and elements copied by calls, before a pickle is refused."""
 
 
-class Reader:
-    """The bytes of a file from `start`, for `pickletools`; no read passes `stop`."""
-
-    def __init__(self, file: Map, start: int, stop: int):
-        self.file, self.at, self.stop = file, start, stop
-
-    def read(self, size: int) -> bytes:
-        """At most `size` bytes."""
-        stop = min(self.at + size, self.stop)
-        if stop - self.at > BYTES:
-            raise ValueError(f"an object of {size} bytes")
-        data = self.file.bytes(self.at, stop)
-        self.at = stop
-        return data
-
-    def readline(self) -> bytes:
-        """Up to and with the next newline."""
-        line = self.file.bytes(self.at, min(self.at + 8192, self.stop))
-        end = line.find(b"\n")
-        if end < 0:
-            raise ValueError("a line without an end")
-        self.at += end + 1
-        return line[: end + 1]
-
-    def tell(self) -> int:
-        """Where the next byte is."""
-        return self.at
+def window(file: Map, start: int, stop: int, size: int = BYTES) -> io.BytesIO:
+    """The bytes of a file from `start`, at most `size` of them and none from `stop` on."""
+    return io.BytesIO(file.bytes(start, min(start + size, stop)))
 
 
 @dataclass(eq=False)
@@ -267,7 +244,7 @@ def look_up(module: str, name: str, path: Path) -> Any:
     return Inert(full)
 
 
-def load(source: Reader, path: Path, persistent: Callable[[Any], Any]) -> Any:
+def load(source: io.BytesIO, path: Path, persistent: Callable[[Any], Any]) -> Any:
     """Build what one pickle describes, reading `source` up to its end.
 
     Args:
@@ -300,26 +277,26 @@ class _Machine:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
-    def run(self, source: Reader) -> Any:
+    def run(self, source: io.BytesIO) -> Any:
         work = 0
-        begin = source.tell()
+        push = self.stack.append
         for code, argument, _ in pickletools.genops(source):
             name = code.name
             work += 1
-            if work > WORK or source.tell() - begin > BYTES:
+            if work > WORK:
                 raise ValueError("it is too large for a checkpoint's")
-            if name == "STOP":
+            if name in _VALUES:
+                push(argument)
+            elif name in _CONSTANTS:
+                push(_CONSTANTS[name])
+            elif name == "STOP":
                 return self.stack.pop()
-            if name in _CONSTANTS:
-                self.stack.append(_CONSTANTS[name])
-            elif name in _VALUES:
-                self.stack.append(argument)
             elif name == "REDUCE":
                 arguments = self.stack.pop()
                 function = self.stack.pop()
                 if isinstance(function, Function) and function.flat and arguments:
                     work += len(arguments[0])
-                self.stack.append(self.call(function, arguments))
+                push(self.call(function, arguments))
             else:
                 getattr(self, f"op_{name.lower()}")(argument)
         raise ValueError("it has no end")
