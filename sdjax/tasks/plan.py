@@ -1,0 +1,40 @@
+"""Which sampler and which noise levels: the model's own, or the caller's."""
+
+from sdjax.diffusion import profiles
+from sdjax.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, EulerAncestral, Heun
+from sdjax.errors import InputError
+from sdjax.model import Model
+from sdjax.types import Sampler
+
+_PROFILES: dict[type, str] = {
+    Euler: "EulerDiscreteScheduler",
+    EulerAncestral: "EulerAncestralDiscreteScheduler",
+    Heun: "HeunDiscreteScheduler",
+    DDIM: "DDIMScheduler",
+    DDPM: "DDPMScheduler",
+    DPMSolverPP2M: "DPMSolverMultistepScheduler",
+}
+
+
+def choose(
+    model: Model, steps: int, sampler: str | Sampler | None = None, spacing: str | None = None
+) -> profiles.Plan:
+    """The plan for one image.
+
+    Nothing given: what the model's scheduler_config.json says. A sampler alone: the noise levels
+    that diffusers gives that sampler from the same config, and Euler's for a sampler that it does
+    not know. A spacing: sigmas by its name, down to 0.
+    """
+    if sampler is None and spacing is None:
+        return profiles.diffusers(model.scheduler.dict(), steps)
+    if isinstance(sampler, str):
+        if sampler not in profiles.SAMPLERS:
+            known = ", ".join(profiles.SAMPLERS)
+            raise InputError(f"sampler must be one of {known}, got {sampler!r}")
+        sampler = profiles.SAMPLERS[sampler]()
+    if spacing is not None:
+        own = sampler or profiles.diffusers(model.scheduler.dict(), steps).sampler
+        return profiles.k_diffusion(model.schedule, own, spacing, steps)
+    profile = _PROFILES.get(type(sampler), "EulerDiscreteScheduler")
+    plan = profiles.diffusers(model.scheduler.dict() | {"_class_name": profile}, steps)
+    return plan._replace(sampler=sampler)

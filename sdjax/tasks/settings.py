@@ -1,0 +1,190 @@
+"""What a caller asked for, checked and made one value per image before anything starts."""
+
+import math
+import operator
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sdjax.errors import InputError
+from sdjax.model import Model
+
+
+class Settings(NamedTuple):
+    """One value per image throughout, but for the size, which a batch shares."""
+
+    prompts: list[str]
+    negative_prompts: list[str | None]
+    seeds: list[int]
+    steps: list[int]
+    guidance_scales: list[float]
+    height: int
+    width: int
+    latents: np.ndarray | None
+    """Starting noise of unit variance [b, h, w, c], where the caller gave it."""
+
+
+def resolve(
+    model: Model,
+    prompts: Any,
+    negative_prompts: Any,
+    seeds: Any,
+    steps: Any,
+    guidance_scale: Any,
+    height: int | None,
+    width: int | None,
+    latents: Any,
+) -> Settings:
+    """Check every setting and give each image its own; InputError names the one that cannot be."""
+    _check_model(model)
+    given = {
+        "prompts": _listed(prompts),
+        "negative_prompts": _listed(negative_prompts),
+        "seeds": [_whole("seeds", s, 0, 2**64 - 1) for s in _listed(seeds)],
+        "steps": [_whole("steps", s, 1, 1000) for s in _listed(steps)],
+        "guidance_scale": [_finite("guidance_scale", g) for g in _listed(guidance_scale)],
+    }
+    for name in ("prompts", "negative_prompts"):
+        for value in given[name]:
+            if not (isinstance(value, str) or (value is None and name == "negative_prompts")):
+                raise InputError(f"{name} must be text, got {value!r}")
+    counts = {name: len(values) for name, values in given.items()}
+    if latents is not None:
+        latents = np.asarray(latents, np.float32)
+        counts["latents"] = len(latents) if latents.ndim else 0
+    size = max(counts.values())
+    for name, count in counts.items():
+        if count not in (1, size) or (name == "latents" and count != size):
+            wanted = f"1 or {size}" if name != "latents" else str(size)
+            longest = max(counts, key=lambda n: counts[n])
+            raise InputError(
+                f"{name} has {count} entries where {longest} has {size}: "
+                f"give {wanted}, one per image"
+            )
+    every = {name: values * (size // len(values)) for name, values in given.items()}
+    rows, columns = model.size
+    height = side(model.vae.factor, "height", rows if height is None else height)
+    width = side(model.vae.factor, "width", columns if width is None else width)
+    if latents is not None:
+        shape = latent_shape(model, height, width)
+        if latents.shape[1:] != shape:
+            raise InputError(
+                f"latents must be [b, {', '.join(map(str, shape))}] for {height}x{width} pixels, "
+                f"got {list(latents.shape)}"
+            )
+        if not np.isfinite(latents).all():
+            raise InputError("latents must be finite, got NaN or infinity")
+    return Settings(
+        every["prompts"],
+        every["negative_prompts"],
+        every["seeds"],
+        every["steps"],
+        every["guidance_scale"],
+        height,
+        width,
+        latents,
+    )
+
+
+def latent_shape(model: Model, height: int, width: int) -> tuple[int, int, int]:
+    """Shape of one image's latents [h, w, c]."""
+    return height // model.vae.factor, width // model.vae.factor, model.vae.latent_channels
+
+
+def side(factor: int, name: str, value: Any) -> int:
+    """A height or width in pixels that the latent grid can hold."""
+    value = _whole(name, value, 1, 65536)
+    factor = max(factor, 8) if factor in (1, 2, 4, 8) else factor
+    if value % factor:
+        low, high = value // factor * factor, -(-value // factor) * factor
+        mend = f"try {low} or {high}" if low else f"try {high}"
+        raise InputError(f"{name} must be a multiple of {factor}, got {value}: {mend}")
+    return value
+
+
+def _check_model(model: Model) -> None:
+    channels = model.vae.latent_channels
+    if (
+        model.unet.in_channels not in (channels, 2 * channels + 1)
+        or model.unet.num_class_embeds is not None
+    ):
+        raise InputError(
+            f"{model.source or 'this model'} cannot make pictures from text alone (its UNet reads "
+            f"{model.unet.in_channels} channels): build a denoiser with "
+            "sdjax.denoiser(..., concat=, class_labels=)"
+        )
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None or isinstance(value, str | int | float | np.number):
+        return [value]
+    values = list(value.tolist() if isinstance(value, np.ndarray) else value)
+    if not values:
+        raise InputError("prompts and other per-image settings need at least one entry, got none")
+    return values
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or not low <= number <= high:
+        top = "2**64 - 1" if high == 2**64 - 1 else str(high)
+        raise InputError(f"{name} must be a whole number from {low} to {top}, got {value!r}")
+    return number
+
+
+def _finite(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise InputError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise InputError(f"{name} must be finite, got {value}: 7.5 is usual")
+    return float(value)
+
+
+def tokens(model: Model, settings: Settings, guided: bool) -> dict[str, np.ndarray]:
+    """What the networks are told: [b, k, ...], k = 2 (negative, prompt) if guided, else 1.
+
+    ids and ids_2 are token ids for the encoders that the model has; time_ids are SDXL's sizes
+    (Podell et al. 2023, arXiv:2307.01952, section 2.2): original size, crop and target size, or for
+    its refiner original size, crop and aesthetic score; absent is 1 where a negative is zeros.
+    """
+    sides = [[n or "" for n in settings.negative_prompts]] if guided else []
+    sides.append(settings.prompts)
+    told: dict[str, np.ndarray] = {}
+    for name, tokenizer in (("ids", model.tokenizer), ("ids_2", model.tokenizer_2)):
+        if tokenizer is None:
+            continue
+        encoded = [tokenizer(side) for side in sides]
+        told[name] = np.stack([e.ids for e in encoded], axis=1)
+        if name == "ids" or model.tokenizer is None:
+            _warn_of_cuts([text for e in encoded for text in e.dropped])
+    if model.unet.addition_embed_type == "text_time":
+        told["time_ids"] = np.stack(
+            [_sizes(model, settings, guided and i == 0) for i in range(len(sides))], axis=1
+        )
+    if guided and model.zero_negative:
+        absent = [[n is None, False] for n in settings.negative_prompts]
+        told["absent"] = np.asarray(absent, np.float32)
+    return told
+
+
+def _sizes(model: Model, settings: Settings, negative: bool) -> np.ndarray:
+    size = (settings.height, settings.width)
+    pooled = model.text_encoder_2.text.projection_dim
+    count = (
+        model.unet.projection_class_embeddings_input_dim - pooled
+    ) // model.unet.addition_time_embed_dim
+    score = 2.5 if negative else 6.0  # the scores that diffusers' refiner takes by default
+    row = (*size, 0, 0, *size) if count == 6 else (*size, 0, 0, score)
+    return np.tile(np.asarray(row, np.float32), (len(settings.prompts), 1))
+
+
+def _warn_of_cuts(cut: list[str]) -> None:
+    for text in dict.fromkeys(cut):
+        if text:
+            warnings.warn(
+                f"a prompt is longer than the text encoder reads; left out: {text!r}", stacklevel=4
+            )

@@ -1,0 +1,239 @@
+"""`text_to_image`: prompts to pictures, every setting per image, in one program."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdjax import parallel
+from sdjax.diffusion import guidance, profiles, sampling
+from sdjax.diffusion.noise import White, keys, start
+from sdjax.errors import InputError
+from sdjax.model import Model, Params, compute_dtype, decode, denoiser, encode_text, project
+from sdjax.tasks import settings
+from sdjax.tasks.plan import choose
+from sdjax.types import Latents, Noise, Sampler, leaves32
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage ("compile", "steps", "decode"), how much of it is done, and of how much."""
+
+
+def text_to_image(
+    model: Model,
+    params: Params,
+    prompts: str | Sequence[str],
+    *,
+    negative_prompts: str | Sequence[str | None] | None = None,
+    seeds: int | Sequence[int] = 0,
+    steps: int | Sequence[int] = 20,
+    sampler: str | Sampler | None = None,
+    spacing: str | None = None,
+    guidance_scale: float | Sequence[float] = 7.5,
+    height: int | None = None,
+    width: int | None = None,
+    latents: Any = None,
+    noise: Noise | None = None,
+    clip_skip: int = 0,
+    progress: bool | Progress = False,
+    output: Literal["images", "latents"] = "images",
+) -> np.ndarray:
+    """Images [b, height, width, 3] uint8, one for each prompt, seed or other per-image setting.
+
+    Rombach et al. 2022 (arXiv:2112.10752), section 3.3, with classifier-free guidance (Ho and
+    Salimans 2022, arXiv:2207.12598). Prompts, negative prompts, seeds, steps and guidance scales
+    are one value for all images or a sequence of one per image. Image i depends on its own
+    settings alone, not on the batch around it or on the devices that it is split over.
+
+    Args:
+        seeds: integers from 0 to 2**64 - 1.
+        steps: 1 to 1000. Unequal counts share one program as long as the longest.
+        sampler: a name in `profiles.SAMPLERS`, or any `Sampler`; None is the model's own.
+        spacing: a name in `profiles.SPACINGS`; None is the model's own.
+        guidance_scale: w in x0_negative + w * (x0_prompt - x0_negative). If it is 1 for all
+            images, a second program runs with one network evaluation instead of two.
+        height, width: pixels, multiples of 8; None is what the model was trained at.
+        latents: the starting noise, [b, h, w, c] of unit variance, instead of the seeds' own.
+        noise: the stochastic samplers' noise, instead of the seeds' own: a pytree whose leaves
+            count images along axis `noise.image_axis` (0 without that attribute).
+        clip_skip: text encoder layers to leave out at the end.
+        progress: True draws bars; or a function that is told of every step.
+        output: "latents" stops before the decoder: [b, h, w, c] float32 as the VAE scaled them.
+
+    Raises:
+        InputError: a setting is out of range, or sequences differ in length; nothing has run.
+    """
+    asked = settings.resolve(
+        model, prompts, negative_prompts, seeds, steps, guidance_scale, height, width, latents
+    )
+    if output not in ("images", "latents"):
+        raise InputError(f'output must be "images" or "latents", got {output!r}')
+    size, longest = len(asked.prompts), max(asked.steps)
+    plans = {n: choose(model, n, sampler, spacing) for n in set(asked.steps)}
+    chosen = profiles.batch([plans[n] for n in asked.steps])
+    if chosen.note:
+        warnings.warn(chosen.note, stacklevel=2)
+    guided = any(scale != 1 for scale in asked.guidance_scales)
+    solver = parallel.Parts.of(leaves32(chosen.sampler), _sampler_axis)
+    draws = parallel.Parts.of(noise, lambda leaf: getattr(noise, "image_axis", 0))
+
+    # Everything per image leads with the image: that axis is split over the devices.
+    first = {
+        "tokens": settings.tokens(model, asked, guided),
+        "keys": _words(asked.seeds),
+        "latents": asked.latents,
+        "scale": np.float32(chosen.init_scale),
+    }
+    every = {
+        "sigmas": np.float32(chosen.sigmas).swapaxes(0, 1),
+        "timesteps": np.float32(chosen.timesteps).swapaxes(0, 1),
+        "guidance_scale": np.float32(asked.guidance_scales).reshape(-1, 1, 1, 1),
+        "keys": _words(asked.seeds),
+        "sampler": solver.each,
+        "noise": draws.each,
+    }
+    first, every, last = parallel.split((first, every, np.float32(chosen.final_scale)), size)
+    params = parallel.replicate(params)
+    report = _reporter(progress)
+
+    report("compile", 0, 1)
+    static = (model, guided, clip_skip, settings.latent_shape(model, asked.height, asked.width))
+    x, conditions = _prepare(static, params, first)
+    count = 1 if progress else longest
+    carry = _begin(solver.outline, solver.shared, x, every["sampler"])
+    static = (model, guided, count, chosen.clip, solver.outline, draws.outline)
+    for index in range(0, longest, count):
+        shared = (params["unet"], solver.shared, draws.shared, np.int32(index))
+        carry = _advance(static, shared, carry, conditions, every)
+        if index == 0:
+            report("compile", 1, 1)
+        report("steps", index + count, longest)
+    report("decode", 0, 1)
+    result = parallel.join(_finish((model, output), params["vae"], carry, last), size)
+    report("decode", 1, 1)
+    return result
+
+
+def _prepare_one(static: Any, params: Params, first: dict[str, Any]) -> tuple[Latents, dict]:
+    """Everything before the first step: the noisy start, and what the networks are told."""
+    model, guided, clip_skip, shape = static
+    n = first["scale"].shape[0]
+    latents = first["latents"]
+    if latents is None:
+        latents = start(_keys(first["keys"]), shape)
+    tokens = first["tokens"]
+    rows = {k: _rows(v) for k, v in tokens.items()}
+    text = encode_text(model, params, rows.get("ids"), rows.get("ids_2"), clip_skip=clip_skip)
+    context, pooled = text
+    if "absent" in rows:  # the negative of SDXL base that is zeros instead of the empty prompt
+        keep = 1 - rows["absent"][:, None]
+        context, pooled = context * keep[..., None], pooled * keep
+    conditions = {"context": project(model, params, context), "pooled": pooled}
+    conditions["time_ids"] = rows.get("time_ids")
+    conditions["concat"] = _blank(model, params, n, shape)
+    return latents * first["scale"], conditions
+
+
+def _begin_one(outline: Any, shared: Any, x: Latents, each: Any) -> sampling.Carry:
+    return sampling.begin(parallel.Parts(outline, shared, each).whole(), x)
+
+
+def _advance_one(
+    static: Any, shared: Any, carry: sampling.Carry, conditions: dict, every: dict[str, Any]
+) -> sampling.Carry:
+    """`count` steps from `index` on: the program that all the time is spent in."""
+    model, guided, count, limit, solver, draws = static
+    unet, solver_shared, draws_shared, index = shared
+    sampler = parallel.Parts(solver, solver_shared, every["sampler"]).whole()
+    noise = parallel.Parts(draws, draws_shared, every["noise"]).whole()
+    if noise is None:
+        noise = White(_keys(every["keys"]), carry.x.shape[1:])
+    sigmas, timesteps = (every[name].swapaxes(0, 1) for name in ("sigmas", "timesteps"))
+    context, concat = conditions["context"], conditions["concat"]
+    tables = (sigmas, timesteps)
+    if guided:
+        tables = tuple(jnp.concatenate([table, table], axis=1) for table in tables)
+        concat = None if concat is None else jnp.concatenate([concat, concat])
+    denoise = denoiser(
+        model,
+        {"unet": unet},
+        context,
+        pooled=conditions["pooled"],
+        time_ids=conditions["time_ids"],
+        concat=concat,
+        timesteps=tables,
+    )
+    if guided:
+        denoise = guidance.cfg(denoise, every["guidance_scale"])
+    if limit is not None:
+        denoise = guidance.clip(denoise, limit)
+    return sampling.scan(sampler, denoise, carry, sigmas, noise, index, count)
+
+
+def _finish_one(static: Any, vae: Params, carry: sampling.Carry, scale: Any) -> Any:
+    model, output = static
+    latents = carry.x * scale
+    if output == "latents":
+        return latents
+    return jnp.round(decode(model, {"vae": vae}, latents) * 255).astype(jnp.uint8)
+
+
+_prepare = parallel.mapped(_prepare_one)
+_begin = parallel.mapped(_begin_one)
+_advance = parallel.mapped(_advance_one, donate=(0,))
+_finish = parallel.mapped(_finish_one)
+
+
+def _blank(model: Model, params: Params, n: int, shape: tuple[int, int, int]) -> Any:
+    """What an inpainting network sees where nothing is kept: a full mask, a grey picture."""
+    extra = model.unet.in_channels - model.vae.latent_channels
+    if not extra:
+        return None
+    height, width, _ = shape
+    factor = model.vae.factor
+    grey = jnp.zeros((1, height * factor, width * factor, 3), compute_dtype(params["vae"]))
+    mean, _ = model.vae.apply({"params": params["vae"]}, grey, method="encode")
+    blank = mean.astype(jnp.float32) * model.vae.scaling_factor
+    mask = jnp.ones((1, height, width, 1))
+    return jnp.repeat(jnp.concatenate([mask, blank], axis=-1), n, axis=0)
+
+
+def _sampler_axis(leaf: Any) -> int | None:
+    """Hyper-parameters are scalars, or [b, 1, 1, 1], or tables [n, b, 1, 1, 1]."""
+    return {4: 0, 5: 1}.get(np.ndim(leaf))
+
+
+def _rows(pairs: Any) -> Any:
+    """[n, 2, ...] (negative, positive) -> [2 n, ...], negatives first: one true batch."""
+    return pairs.swapaxes(0, 1).reshape(-1, *pairs.shape[2:])
+
+
+def _words(seeds: Sequence[int]) -> np.ndarray:
+    """Keys as the plain integers that can be split over devices."""
+    return np.asarray(jax.random.key_data(keys(seeds)))
+
+
+def _keys(words: Any) -> Any:
+    return jax.random.wrap_key_data(words, impl="threefry2x32")
+
+
+def _reporter(progress: bool | Progress) -> Progress:
+    if callable(progress):
+        return progress
+    if not progress:
+        return lambda stage, done, total: None
+    from tqdm import tqdm
+
+    bar = tqdm(total=None, desc="compile", leave=False)
+
+    def draw(stage: str, done: int, total: int) -> None:
+        if (bar.desc.rstrip(": "), bar.total) != (stage, total):
+            bar.reset(total)
+            bar.set_description(stage)
+        bar.update(done - bar.n)
+        if stage == "decode" and done == total:
+            bar.close()
+
+    return draw
