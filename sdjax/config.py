@@ -49,7 +49,10 @@ def _parse(name: str | Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"config {str(name)!r} is not valid TOML: {error}") from None
     if not any(isinstance(table, dict) for table in parsed.values()):
-        raise InputError(f"config {str(name)!r} has no tables: it needs at least [unet] or [vae]")
+        raise InputError(
+            f"config {str(name)!r} has no tables: it needs [vae], and for a UNet [unet] and "
+            "[scheduler]"
+        )
     return parsed
 
 

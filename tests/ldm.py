@@ -43,6 +43,7 @@ UPSCALER = dict(
     context_dim=1024,
     linear=True,
     num_classes=1000,
+    disable_self_attentions=(True, True, True, False),
 )
 
 
@@ -231,9 +232,12 @@ def under(prefix: str, shapes: Shapes) -> Shapes:
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 
 
-def checkpoint(name: str, tiny: bool = False) -> Shapes:
-    """A published checkpoint's weights, by the name of its shipped config; or a tiny one's."""
-    side = dict(ch=8) if tiny else {}
+def checkpoint(name: str, tiny: bool = False, short: bool = False) -> Shapes:
+    """A published checkpoint's weights, by the name of its shipped config.
+
+    A tiny one has its structure with narrow layers; a short one is tiny, with fewer of them.
+    """
+    tiny = tiny or short
     clip_l = clip_text_model(12, 2, 50) if tiny else clip_text_model()
     clip_h = open_clip(16, 3, 50) if tiny else open_clip(1024, 24)
     big_g = open_clip(16, 2, 50) if tiny else open_clip(1280, 32)
@@ -250,14 +254,17 @@ def checkpoint(name: str, tiny: bool = False) -> Shapes:
         "sdxl": (XL, text_xl),
         "sdxl-inpaint": (XL | dict(in_channels=9), text_xl),
         "sdxl-refiner": (REFINER, under("conditioner.embedders.0.model.", big_g)),
-        "x4-upscaler": (UPSCALER | dict(disable_self_attentions=(1, 1, 1, 0)), text2),
+        "x4-upscaler": (UPSCALER, text2),
     }
     unet, text = nets[name]
+    vae = dict(ch_mult=(1, 2, 4) if name == "x4-upscaler" else (1, 2, 4, 4))
     if tiny:
         unet = unet | TINY[unet["context_dim"]] | dict(model_channels=8)
-    mult = (1, 2, 4) if name == "x4-upscaler" else (1, 2, 4, 4)
-    vae = autoencoder_kl(ch_mult=mult, **side)
-    return under(UNET, unet_model(**unet)) | under(VAE, vae) | text
+        vae |= dict(ch=8)
+    if short:
+        unet = unet | SHORT[name.removesuffix("-inpaint")] | dict(num_res_blocks=1)
+        vae |= dict(ch_mult=(1, 2), num_res_blocks=1)
+    return under(UNET, unet_model(**unet)) | under(VAE, autoencoder_kl(**vae)) | text
 
 
 TINY = {
@@ -268,9 +275,21 @@ TINY = {
 }
 """Arguments of a tiny UNet, by the context width of the published one."""
 
+SHORT = {
+    "sd1": dict(channel_mult=(1, 2), attention_resolutions=(1,)),
+    "sd2": dict(channel_mult=(1, 2), attention_resolutions=(1,)),
+    "sd2-base": dict(channel_mult=(1, 2), attention_resolutions=(1,)),
+    "sdxl": dict(channel_mult=(1, 2), attention_resolutions=(2,), transformer_depth=(1, 2)),
+    "sdxl-refiner": dict(channel_mult=(1, 2, 4), attention_resolutions=(2,)),
+    "x4-upscaler": dict(
+        channel_mult=(1, 2, 2), attention_resolutions=(2, 4), disable_self_attentions=(1, 1, 0)
+    ),
+}
+"""Arguments of a short UNet."""
 
-def tiny_configs(name: str) -> Configs:
-    """The diffusers configs of `checkpoint(name, tiny=True)`."""
+
+def tiny_configs(name: str, short: bool = False) -> Configs:
+    """The diffusers configs of a tiny or short checkpoint."""
     tables = read(name)
     unet, vae = tables["unet"], tables["vae"]
     small = TINY[unet["cross_attention_dim"]]
@@ -297,4 +316,23 @@ def tiny_configs(name: str) -> Configs:
                 projection_dim=width,
                 vocab_size=50,
             )
+    if short:
+        shorten(unet, vae, SHORT[name.removesuffix("-inpaint")])
     return tables
+
+
+def shorten(unet: dict, vae: dict, arguments: dict) -> None:
+    """Give a tiny model's configs the levels of a short one."""
+    mult, attends = arguments["channel_mult"], arguments["attention_resolutions"]
+    crosses = [2**level in attends for level in range(len(mult))]
+    unet["block_out_channels"] = [8 * m for m in mult]
+    unet["down_block_types"] = ["CrossAttnDownBlock2D" if c else "DownBlock2D" for c in crosses]
+    unet["up_block_types"] = ["CrossAttnUpBlock2D" if c else "UpBlock2D" for c in crosses[::-1]]
+    if "transformer_depth" in arguments:
+        unet["transformer_layers_per_block"] = list(arguments["transformer_depth"])
+    if "disable_self_attentions" in arguments:
+        unet["only_cross_attention"] = [bool(d) for d in arguments["disable_self_attentions"]]
+    vae["block_out_channels"] = [8, 16]
+    vae["down_block_types"] = ["DownEncoderBlock2D"] * 2
+    vae["up_block_types"] = ["UpDecoderBlock2D"] * 2
+    unet["layers_per_block"] = vae["layers_per_block"] = 1

@@ -9,9 +9,10 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sdjax import config as shipped
+from sdjax.checkpoints.files import read_json
 from sdjax.checkpoints.tensors import Tensor, Tensors
 from sdjax.config import Configs
 from sdjax.errors import InputError
@@ -306,11 +307,30 @@ def read_config(config: str | Path) -> Configs:
     """The configs of a shipped name, a .toml file, or a diffusers folder.
 
     Raises:
-        InputError: none of these, or JSON that is not an object.
+        InputError: none of these, JSON that is not an object, no VAE or no noise schedule.
     """
+    is_name = config in shipped.names()
+    configs = shipped.read(config) if is_name or not Path(config).is_dir() else read_folder(config)
+    if "vae" not in configs:
+        raise InputError(
+            f"config {str(config)!r} describes no VAE: it needs [vae], or vae/config.json"
+        )
+    if "unet" in configs and "scheduler" not in configs:
+        raise InputError(
+            f"config {str(config)!r} describes a UNet and no noise schedule: it needs [scheduler], "
+            "or scheduler/scheduler_config.json"
+        )
+    for part in ("text_encoder", "text_encoder_2"):
+        if part in configs:
+            pad = "!" if configs[part].get("hidden_act") == "gelu" else "<|endoftext|>"
+            tokenizer = part.replace("text_encoder", "tokenizer")
+            configs.setdefault(tokenizer, {}).setdefault("pad_token", pad)
+    return configs
+
+
+def read_folder(config: str | Path) -> Configs:
+    """The configs of a diffusers folder, weights or none beside them."""
     folder = Path(config)
-    if not folder.is_dir() or config in shipped.names():
-        return shipped.read(config)
     files = {"model_index": folder / "model_index.json"}
     for part in WEIGHTS:
         files[part] = folder / part / "config.json"
@@ -320,17 +340,8 @@ def read_config(config: str | Path) -> Configs:
         files[part] = folder / part / "tokenizer_config.json"
     configs: Configs = {}
     for part, file in files.items():
-        if not file.is_file():
-            continue
-        try:
-            parsed: Any = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{file} is not valid JSON: {error}") from None
-        if not isinstance(parsed, dict):
-            raise InputError(f"{file} must hold a JSON object")
-        configs[part] = parsed
-    if not any(part in configs for part in WEIGHTS):
-        raise InputError(f"{folder} has no unet/config.json or vae/config.json: check --config")
+        if file.is_file():
+            configs[part] = read_json(file)
     return configs
 
 
