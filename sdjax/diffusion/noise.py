@@ -1,6 +1,6 @@
 """Noise that belongs to an image: a function of its seed, the step and the draw only."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ START = 2**32 - 1
 """The fold for starting noise; steps fold in their index, which stays far below."""
 
 
-def key(seed: int) -> Key[Array, ""]:
+def key(seed: Any) -> Key[Array, ""]:
     """The key of one image: all 64 bits of the seed count (`jax.random.key` keeps the lower 32).
 
     Equals `jax.random.key(seed)` for seeds below 2**32.
@@ -23,7 +23,7 @@ def key(seed: int) -> Key[Array, ""]:
     return keys([seed])[0]
 
 
-def keys(seeds: Sequence[int] | np.ndarray) -> Key[Array, "b"]:
+def keys(seeds: Iterable[Any]) -> Key[Array, "b"]:
     """One key an image from seeds 0 .. 2**64 - 1: Python or numpy integers."""
     words = np.array([divmod(_seed(s), 2**32) for s in seeds], np.uint32).reshape(-1, 2)
     return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
@@ -75,6 +75,11 @@ class Tape:
     """
 
     draws: Any
+
+    @property
+    def image_axis(self) -> int:
+        """Where the leaf counts images, for whoever splits a batch."""
+        return jnp.ndim(self.draws) - 4
 
     def __call__(self, index: Index, sigma: Sigma, sigma_next: Sigma, draw: int = 0) -> Latents:
         draws = jnp.asarray(self.draws)

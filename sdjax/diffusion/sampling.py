@@ -166,7 +166,7 @@ def _noise(sampler: Sampler, noise: Any, x: Latents) -> Noise:
 
 def _check(x: Latents, sigmas: Sigmas) -> None:
     shape = jnp.shape(sigmas)
-    image = len(shape) == 5 and shape[1] in (1, x.shape[0]) and shape[2:] == (1, 1, 1)
+    image = len(shape) == 5 and shape[1] == x.shape[0] and shape[2:] == (1, 1, 1)
     if not (len(shape) == 1 or image) or shape[0] < 2:
         raise InputError(
             f"sigmas must be [n+1] or [n+1, {x.shape[0]}, 1, 1, 1] with n of at least 1, "

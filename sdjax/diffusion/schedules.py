@@ -74,8 +74,8 @@ class Schedule:
         """
         at = np.arange(self.timesteps)
         if log:
-            return np.exp(np.interp(timestep, at, np.log(self.sigmas)))
-        return np.interp(timestep, at, self.sigmas)
+            return np.asarray(np.exp(np.interp(timestep, at, np.log(self.sigmas))))
+        return np.asarray(np.interp(timestep, at, self.sigmas))
 
     def timestep(self, sigma: Floats) -> Float[Array, "..."]:
         """The timestep of a noise level, float32, by interpolation in log sigma; clamped to 0 ..
@@ -311,5 +311,5 @@ def _check(schedule: Schedule) -> None:
     a = _alphas_cumprod(schedule, False)
     if not a[-2 if schedule.zero_snr else -1] > 1e-30:
         raise InputError(
-            f"betas leave no signal after num_train_timesteps={schedule.timesteps}: {mend}"
+            f"beta_end: no signal is left after {schedule.timesteps} timesteps: {mend}"
         )
