@@ -108,9 +108,10 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 def parameters(settings: Mapping[str, Any]) -> str:
     """The settings as one text in the form of AUTOMATIC1111's web interface, which others read."""
+    sampler = settings.get("sampler") or settings.get("sampler_name")
     fields = {
         "Steps": settings.get("steps"),
-        "Sampler": _SAMPLERS.get(settings.get("sampler", ""), settings.get("sampler")),
+        "Sampler": _SAMPLERS.get(sampler or "", sampler),
         "Schedule type": (settings.get("spacing") or "").capitalize() or None,
         "CFG scale": settings.get("guidance_scale"),
         "Seed": settings.get("seed"),

@@ -30,7 +30,6 @@ class Job(NamedTuple):
 def run(asked: argparse.Namespace) -> None:
     """Check, load, and save every image as soon as its batch is made."""
     wanted = request.read(asked)
-    keep_programs(asked)
     from sdjax.checkpoints import digest
     from sdjax.checkpoints.load import assemble, open_checkpoint, read
     from sdjax.checkpoints.tensors import floating
@@ -50,6 +49,7 @@ def run(asked: argparse.Namespace) -> None:
     if wanted.repeats:
         check_weights(wanted, model, weights)
     settings = common_settings(wanted, model) | {"model_hash": weights}
+    keep_programs(asked)
     progress = Progress()
     saved: list[Path] = []
     try:

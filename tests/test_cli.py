@@ -1,0 +1,282 @@
+"""The command refuses in a sentence before it loads, and repeats what it made."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from sdjax import images
+from sdjax.cli import main, request
+
+MODEL = ["--model", "."]
+ROOT = str(images.Path(images.__file__).parent.parent)
+# All runs here are of one size, so that each program is compiled once.
+SMALL = ["--steps", "1", "--height", "32", "--width", "32"]
+
+
+def command(*arguments, **environment):
+    """The command in a process of its own, started."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "sdjax", *arguments],
+        env=os.environ | {"PYTHONPATH": ROOT} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def refused(capsys, *arguments):
+    """The one sentence that a command line is refused with."""
+    assert main(list(arguments)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("sdjax: error: ") and err.count("\n") == 1
+    return err.removeprefix("sdjax: error: ").rstrip()
+
+
+@pytest.fixture(autouse=True)
+def somewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--height", "500"], "height must be a multiple of 8, got 500: try 496 or 504"),
+        (["--width", "7"], "width must be a multiple of 8, got 7: try 8"),
+        (["--width", "0"], "width must be a whole number from 1 to 65536, got 0"),
+        (["--steps", "0"], "steps must be a whole number from 1 to 1000, got 0"),
+        (["--steps", "1001"], "steps must be a whole number from 1 to 1000, got 1001"),
+        (["--steps", "2.5"], "steps must be a whole number from 1 to 1000, got 2.5"),
+        (["--steps", "9" * 5000], "steps must be a whole number"),
+        (["--guidance", "nan"], "guidance must be a finite number such as 7.5, got nan"),
+        (["--guidance=-inf"], "guidance must be a finite number such as 7.5, got -inf"),
+        (["--guidance", "7,5"], "guidance must be a finite number such as 7.5, got '7,5'"),
+        (["--seed", "-1"], "seed must be a whole number from 0 to 2**64 - 1, got -1"),
+        (["--seed", str(2**64)], "got 18446744073709551616"),
+        (["--seed", str(2**64 - 2), "--count", "3"], "pass the last seed, 2**64 - 1"),
+        (["--count", "0"], "count must be a whole number from 1 to 1000000, got 0"),
+        (["--batch", "0"], "batch must be a whole number from 1 to 65536, got 0"),
+        (["--sampler", "eulr"], "unknown sampler eulr: try euler"),
+        (["--sampler", "Euler a"], "unknown sampler 'Euler a': try euler_ancestral"),
+        (["--sampler", "DPM++ 2M"], "unknown sampler 'DPM++ 2M': try dpmpp_2m"),
+        (["--sampler", "zzz"], "unknown sampler zzz: there are euler, "),
+        (["--spacing", "karas"], "unknown spacing karas: try karras"),
+        (["--dtype", "fp16"], "unknown dtype fp16: try float16"),
+        (["--dtype", "int8"], "unknown dtype int8: there are float32"),
+        (["--bogus"], "unrecognized arguments: --bogus"),
+        (["--stepps", "3"], "unrecognized arguments: --stepps"),
+        (["--ste", "3"], "unrecognized arguments: --ste"),
+        (["--out", "file/images"], "no image can be written to file/images: Not a directory"),
+        (["--out", "file"], "no image can be written to file: Not a directory"),
+        (["--out", "a.png", "--count", "2"], "a.png is one file, for 2 images"),
+        (["--out", "there.png"], "there.png is there already"),
+        (["--out", "a\0b"], "is no path"),
+        (["--prompts", "file"], "prompts were given both on the command line and by --prompts"),
+        (["--model", "nowhere"], "there is no model at nowhere: check --model"),
+        (["--model", "a/b/c"], "there is no model at a/b/c"),
+        (["--model", "file"], "file"),
+        (["--from", "file"], "file is not a PNG"),
+        (["--from", "there.png"], "there.png holds no settings of sdjax"),
+        (["--negative", "a\udcffb"], "the negative 'a\\udcffb' is not valid Unicode"),
+    ],
+)
+def test_generate_refuses_what_cannot_work(tmp_path, capsys, arguments, sentence):
+    (tmp_path / "file").write_text("")
+    images.save(tmp_path, "there", np.zeros((8, 8, 3), np.uint8))
+    model = [] if "--model" in arguments else MODEL
+    assert sentence in refused(capsys, "generate", "a cat", "--seed=1", *model, *arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "there.png"]
+
+
+def test_generate_needs_a_prompt_and_a_model(tmp_path, capsys):
+    assert "no prompt was given" in refused(capsys, "generate", *MODEL)
+    assert "no model was given: add --model PATH" in refused(capsys, "generate", "a cat")
+    assert "not valid Unicode" in refused(capsys, "generate", "a\udcff", *MODEL)
+    (tmp_path / "prompts.txt").write_bytes(b"fine\ncaf\xe9\n")
+    assert "prompts.txt, line 2: byte 4" in refused(capsys, "generate", "--prompts", "prompts.txt")
+    (tmp_path / "prompts.txt").write_bytes(b"\n")
+    assert "holds no prompts" in refused(capsys, "generate", "--prompts", "prompts.txt")
+
+
+def test_other_commands_refuse_in_a_sentence_too(tmp_path, capsys):
+    (tmp_path / "there").write_text("x")
+    assert "nowhere" in refused(capsys, "inspect", "nowhere")
+    assert "there" in refused(capsys, "inspect", "there")
+    assert "there already" in refused(capsys, "convert", "nowhere", "there")
+    assert "what is to be converted" in refused(capsys, "convert", "there", "there", "--overwrite")
+    assert "not a folder" in refused(capsys, "convert", "there", "no/where")
+    assert "unknown dtype" in refused(capsys, "convert", "there", "new", "--dtype", "int4")
+    assert "invalid choice: 'nope'" in refused(capsys, "nope")
+
+
+def test_help_and_version_are_results(capsys):
+    from sdjax import __version__
+
+    assert main(["--version"]) == 0 and main([]) == 0
+    assert capsys.readouterr().out.startswith(f"sdjax {__version__}\nusage: sdjax")
+    with pytest.raises(SystemExit) as done:
+        main(["generate", "--help"])
+    assert done.value.code == 0
+
+
+def test_names_are_those_of_the_library():
+    from sdjax.diffusion import profiles
+
+    assert set(request.SAMPLERS) == set(profiles.SAMPLERS)
+    assert set(request.SPACINGS) == set(profiles.SPACINGS)
+
+
+def settings_of(path):
+    return images.read_settings(path)
+
+
+def paths(capsys):
+    return [images.Path(line) for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    from peers import save_tiny_pipeline
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_tiny_pipeline(folder, "sd1")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first(model, tmp_path_factory):
+    """One run: two prompts, two seeds, everything set; its programs are kept in `cache`."""
+    out = tmp_path_factory.mktemp("first")
+    asked = ["generate", "a red/house", "\N{CAT}", "--model", str(model), "--seed", "7", *SMALL]
+    asked += ["--count", "2", "--sampler", "ddim", "--spacing", "leading", "--negative", "blurry"]
+    asked += ["--guidance", "5", "--out", str(out / "images"), "--cache-dir", str(out / "cache")]
+    assert main(asked) == 0
+    return out / "images"
+
+
+def test_images_are_named_by_prompt_and_seed_and_carry_their_settings(first, model):
+    names = ["a-red-house-7", "a-red-house-8", "contact-sheet", "image-7", "image-8"]
+    assert sorted(path.stem for path in first.iterdir()) == names
+    assert images.read(first / "image-8.png").shape == (32, 32, 3)
+    settings = settings_of(first / "image-8.png")
+    wanted = {"prompt": "\N{CAT}", "seed": 8, "steps": 1, "negative_prompt": "blurry"}
+    wanted |= {"guidance_scale": 5.0, "width": 32, "height": 32, "sampler": "ddim"}
+    wanted |= {"spacing": "leading", "model": str(model), "dtype": "float32"}
+    assert {key: settings[key] for key in wanted} == wanted
+
+
+def test_the_hash_is_the_one_that_inspect_says(first, model, capsys):
+    assert main(["inspect", str(model), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert settings_of(first / "image-8.png")["model_hash"] == report["sha256"]
+    assert report["family"] == "sd1" and report["prediction"] == "epsilon"
+    assert main(["inspect", str(model)]) == 0
+    assert report["files"][0]["sha256"] in capsys.readouterr().out
+
+
+def test_from_repeats_an_image_bit_by_bit_and_options_change_it(first, tmp_path, capsys):
+    original = first / "image-8.png"
+    run = ["generate", "--from", str(original), "--no-cache", "--out"]
+    assert main([*run, "again.png"]) == 0
+    assert paths(capsys) == [images.Path("again.png")]
+    np.testing.assert_array_equal(images.read("again.png"), images.read(original))
+    assert settings_of("again.png") == settings_of(original)
+    assert main([*run, "changed.png", "--seed", "7"]) == 0
+    other = first / "image-7.png"
+    np.testing.assert_array_equal(images.read("changed.png"), images.read(other))
+
+
+def test_from_refuses_other_weights_unless_they_are_named(first, tmp_path, capsys):
+    changed = settings_of(first / "image-8.png") | {"model_hash": "0" * 64}
+    path = images.save(tmp_path, "changed", images.read(first / "image-8.png"), changed)
+    run = ["generate", "--from", str(path), "--no-cache", "--out", "new"]
+    sentence = refused(capsys, *run)
+    assert "(0000000000)" in sentence and "give --model" in sentence
+    assert main([*run, "--model", changed["model"]]) == 0
+    assert "warning: the weights of" in capsys.readouterr().err
+    gone = changed | {"model": str(tmp_path / "gone")}
+    path = images.save(tmp_path, "gone", images.read(path), gone)
+    assert "there is no model at" in refused(capsys, "generate", "--from", str(path))
+
+
+def test_what_a_prompt_loses_is_said_before_anything_is_made(first, model, capsys):
+    prompt = "word " * 75 + "the  End"
+    asked = ["generate", prompt, "--model", str(model), "--seed", "1", "--no-cache", *SMALL]
+    assert main([*asked, "--out", "long.png"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "long.png\n" and err.count("cut: 'the  End'") == 1
+    assert "is over 77 tokens" in err and "PNDMScheduler" in err
+
+
+def test_a_prompt_file_a_cache_and_a_home_that_is_read_only(first, model, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\r\n")
+    (tmp_path / "blocked").write_text("")  # a file where a folder should be stops root too
+    asked = ["generate", "--prompts", "prompts.txt", "--model", str(model), "--seed", "3", *SMALL]
+    cache = first.parent / "cache"
+    kept = len(list(cache.iterdir()))
+    assert kept
+    runs = [
+        command(*asked, "--cache-dir", str(cache)),
+        command(*asked, "--out", "more", XDG_CACHE_HOME=str(tmp_path / "blocked")),
+    ]
+    for run, folder in zip(runs, ("images", "more"), strict=True):
+        out, err = run.communicate()
+        assert run.returncode == 0, err
+        names = ("one-3.png", "two-3.png", "contact-sheet.png")
+        assert out.splitlines() == [f"{folder}/{name}" for name in names]
+    a, b = images.read("images/one-3.png"), images.read("more/one-3.png")
+    np.testing.assert_array_equal(a, b)
+
+
+def test_interrupted_it_says_what_was_saved(model, monkeypatch, capsys):
+    from sdjax.cli import generate
+
+    def stopped(wanted, model, params, progress):
+        yield generate.Job("a cat", 1), np.zeros((8, 8, 3), np.uint8)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "made", stopped)
+    asked = ["generate", "a cat", "--count", "3", "--seed", "1", "--model", str(model)]
+    assert main([*asked, "--no-cache"]) == 130
+    assert "stopped: 1 of 3 images were saved in images" in capsys.readouterr().err
+    assert os.path.exists("images/a-cat-1.png")
+
+
+def test_ctrl_c_ends_with_130_and_no_traceback(model):
+    run = command("generate", "a cat", "--model", str(model), "--seed", "1", "--no-cache")
+    for line in run.stderr:
+        if "loading" in line:
+            break
+    run.send_signal(signal.SIGINT)
+    _, rest = run.communicate()
+    assert run.returncode == 130
+    assert "Traceback" not in rest and "stopped: 0 of 1 images were saved" in rest
+
+
+def test_a_reader_that_leaves_does_not_stop_the_work():
+    code = "from sdjax.cli.show import say, note; say('one'); say('two'); note('done')"
+    read, write = os.pipe()
+    os.close(read)
+    run = [sys.executable, "-c", code]
+    here = os.environ | {"PYTHONPATH": ROOT}
+    done = subprocess.run(run, stdout=write, stderr=subprocess.PIPE, text=True, env=here)
+    os.close(write)
+    assert done.returncode == 0 and done.stderr == "sdjax: done\n"
+
+
+def test_convert_goes_there_and_back(model, tmp_path, capsys):
+    assert main(["convert", str(model), "one.safetensors"]) == 0
+    assert main(["convert", "one.safetensors", "folder", "--config", "sd1"]) == 2
+    capsys.readouterr()
+    assert "there already" in refused(capsys, "convert", str(model), "one.safetensors")
+    half = ["convert", str(model), "half", "--dtype", "bfloat16"]
+    assert main(half) == 0 and main([*half, "--overwrite"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", "half", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["dtypes"] == ["bfloat16"]
