@@ -167,11 +167,18 @@ def check(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -
     Raises:
         InputError: keys missing or too many, a wrong shape, a dtype that is not a float.
     """
+    kind = type(module).__name__
+    # What the headers alone can say comes first: tracing a large network takes seconds.
+    for key, tensor in tensors.items():
+        if tensor.dtype not in FLOATS and not TOLERATED.fullmatch(key):
+            raise InputError(
+                f"{tensor.path}: tensor {tensor.name!r} is {tensor.dtype.name}, where a float "
+                "belongs: use an unquantised checkpoint in float32, float16 or bfloat16"
+            )
     wanted = leaves(module)
     found = respell(tensors, module)
     missing = [key for key in wanted if key not in found]
     extra = [key for key in found if key not in wanted and not TOLERATED.fullmatch(key)]
-    kind = type(module).__name__
     if missing:
         also = f", and has {count(extra)} that it does not know" if extra else ""
         raise InputError(
@@ -190,11 +197,6 @@ def check(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -
                 f"{tensor.path}: tensor {tensor.name!r} has shape {list(tensor.shape)}, and the "
                 f"{kind} its config describes needs {list(leaf.shape)}: use the config that "
                 "belongs to these weights"
-            )
-        if tensor.dtype not in FLOATS:
-            raise InputError(
-                f"{tensor.path}: tensor {tensor.name!r} is {tensor.dtype.name}, where a float "
-                "belongs: use an unquantised checkpoint in float32, float16 or bfloat16"
             )
     return {key: found[key] for key in wanted}
 

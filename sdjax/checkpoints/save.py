@@ -17,6 +17,9 @@ from sdjax.checkpoints.tensors import floating
 from sdjax.errors import InputError
 from sdjax.model import Model
 
+VERSION = "0.42.1"
+"""The release of diffusers whose layout is written; it asks for one in inpainting folders."""
+
 FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 
 
@@ -170,6 +173,7 @@ def index(model: Model) -> dict[str, Any]:
             written[name] = ["transformers", "CLIPTokenizer"]
         elif not plain:
             written[name] = [None, None]
+    written["_diffusers_version"] = VERSION
     written["scheduler"] = ["diffusers", model.scheduler.dict()["_class_name"]]
     if model.family == "x4-upscaler":
         written["low_res_scheduler"] = ["diffusers", "DDPMScheduler"]

@@ -1,0 +1,69 @@
+"""Tiny models without torch: random params of the peers' configs, in folders that sdjax wrote."""
+
+import jax
+import numpy as np
+from peers import CLIP_L, SD1, SD_VAE
+
+from sdjax.checkpoints import naming, save
+from sdjax.diffusion.schedules import Schedule
+from sdjax.model import FrozenConfig, Model
+from sdjax.models.clip import CLIPTextModel
+from sdjax.models.unet import UNet
+from sdjax.models.vae import AutoencoderKL
+from sdjax.text import Tokenizer
+
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+}
+
+
+def random_params(module, seed=0, scale=0.1):
+    """A module's params as numpy arrays of noise."""
+    draw = np.random.default_rng(seed)
+    params = {}
+    for leaf in naming.leaves(module).values():
+        node = params
+        for name in leaf.path[:-1]:
+            node = node.setdefault(name, {})
+        shape = np.empty(leaf.shape, np.bool_)
+        shape = naming.to_flax_axes(leaf.path[-1], shape).shape
+        node[leaf.path[-1]] = draw.standard_normal(shape, np.float32) * np.float32(scale)
+    return params
+
+
+def sd1():
+    """A model of the tiny SD1 and its params."""
+    model = Model(
+        unet=UNet.from_config(SD1),
+        vae=AutoencoderKL.from_config(SD_VAE),
+        text_encoder=CLIPTextModel.from_config(CLIP_L | {"num_hidden_layers": 1}),
+        text_encoder_2=None,
+        tokenizer=Tokenizer.clip(),
+        tokenizer_2=None,
+        schedule=Schedule.from_config(SCHEDULER),
+        scheduler=FrozenConfig.of(SCHEDULER),
+        family="sd1",
+    )
+    names = ("unet", "vae", "text_encoder")
+    return model, {n: random_params(getattr(model, n), i) for i, n in enumerate(names)}
+
+
+def save_sd1(path):
+    """Write the tiny SD1 as a folder; returns the model and its params."""
+    model, params = sd1()
+    save(path, model, params)
+    return model, params
+
+
+def equal(one, other):
+    """Whether two trees have the same structure, dtypes and bits."""
+    leaves, others = jax.tree.leaves(one), jax.tree.leaves(other)
+    return jax.tree.structure(one) == jax.tree.structure(other) and all(
+        a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        for a, b in zip(leaves, others, strict=True)
+    )
