@@ -102,7 +102,7 @@ def test_imports_go_down():
     upward = [
         str(found)
         for here, there, found in inside()
-        if here != "__main__" and LEVEL[here] < LEVEL.get(there, len(FLOORS))
+        if here != "__main__" and LEVEL[here] < LEVEL.get(there, LEVEL["cli"])
     ]
     assert not upward, "\n".join(upward)
 
@@ -116,7 +116,7 @@ def test_the_first_floors_rooms_do_not_know_each_other():
     assert not known, "\n".join(known)
 
 
-def test_only_the_command_line_imports_the_front_door():
+def test_only_the_top_floor_imports_the_front_door():
     through = [
         str(found)
         for here, there, found in inside()
