@@ -7,7 +7,7 @@ metadata of https://github.com/Stability-AI/ModelSpec, and a `.ckpt`'s global_st
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -258,7 +258,7 @@ def compare(tensors: Tensors, configs: Configs, places: Mapping[str, Place], nam
             )
 
 
-def contexts(tensors: Mapping[str, Tensor]) -> Iterable[Tensor]:
+def contexts(tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
     """The UNet's cross-attention keys' projections."""
     return (
         tensor

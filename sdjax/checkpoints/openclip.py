@@ -72,9 +72,9 @@ def to_transformers(
     if key == PROJECTION:
         yield f"{PROJECTION}.weight", tensor.transposed()
         return
-    name = rename(key, back)
-    if name is not None:
-        yield name, tensor
+    renamed = rename(key, back)
+    if renamed is not None:
+        yield renamed, tensor
 
 
 def to_openclip(key: str, names: Table) -> tuple[str, int | None] | None:

@@ -5,6 +5,7 @@ reshapes of what the file maps. `write` is the inverse, so that loading, saving 
 changes no bit.
 """
 
+import functools
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -73,7 +74,7 @@ def parts(
     }
     strays = []
     for key, tensor in tensors.items():
-        part = next((p for p, at in found.places.items() if key.startswith(at.prefix)), None)
+        part = next((p for p, at in found.places.items() if key.startswith(at.prefix)), "")
         renamed = list(converts[part](key, tensor)) if part else []
         for name, view in renamed:
             if name in read[part]:
@@ -116,7 +117,7 @@ def module(part: str, config: Mapping[str, Any]) -> Any:
     from sdjax.models.unet import UNet
     from sdjax.models.vae import AutoencoderKL
 
-    kinds = {
+    kinds: dict[str, Any] = {
         "unet": UNet,
         "vae": AutoencoderKL,
         "text_encoder": CLIPTextModel,
@@ -290,15 +291,14 @@ def _entries(
         flip = key.endswith(openclip.PROJECTION)
         if flip:
             shape = shape[::-1]
-        yield safetensors.Entry(key, shape, kind, _reader(group, shape, kind, flip))
+        read = functools.partial(_join, group, shape, kind, flip)
+        yield safetensors.Entry(key, shape, kind, read)
 
 
-def _reader(
-    group: list[tuple[Any, Any]], shape: tuple[int, ...], dtype: np.dtype, flip: bool
-) -> Callable[[], np.ndarray]:
-    def read() -> np.ndarray:
-        arrays = [naming.to_torch_axes(path[-1], np.asarray(leaf)) for path, leaf in group]
-        array = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
-        return (array.T if flip else array.reshape(shape)).astype(dtype, copy=False)
-
-    return read
+def _join(
+    group: list[tuple[tuple[str, ...], Any]], shape: tuple[int, ...], dtype: np.dtype, flip: bool
+) -> np.ndarray:
+    """The array of one entry: the parts of a fused projection joined, axes as torch has them."""
+    arrays = [naming.to_torch_axes(path[-1], np.asarray(leaf)) for path, leaf in group]
+    array = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+    return (array.T if flip else array.reshape(shape)).astype(dtype, copy=False)
