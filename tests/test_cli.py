@@ -11,6 +11,7 @@ import pytest
 
 from sdjax import images
 from sdjax.cli import main, request
+from sdjax.errors import InputError
 
 MODEL = ["--model", "."]
 ROOT = str(images.Path(images.__file__).parent.parent)
@@ -36,6 +37,21 @@ def refused(capsys, *arguments):
     assert out == ""
     assert err.startswith("sdjax: error: ") and err.count("\n") == 1
     return err.removeprefix("sdjax: error: ").rstrip()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def jax_as_it_was():
+    """The command sets jax's cache for its process: here that is everybody's."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    names = ["jax_enable_compilation_cache", "jax_compilation_cache_dir"]
+    names += [f"jax_persistent_cache_min_{n}" for n in ("compile_time_secs", "entry_size_bytes")]
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(autouse=True)
@@ -214,24 +230,53 @@ def test_what_a_prompt_loses_is_said_before_anything_is_made(first, model, capsy
     assert "is over 77 tokens" in err and "PNDMScheduler" in err
 
 
-def test_a_prompt_file_a_cache_and_a_home_that_is_read_only(first, model, tmp_path):
+def test_another_process_repeats_an_image_bit_by_bit(first, tmp_path):
+    assert list((first.parent / "cache").glob("*-cache"))
+    asked = ["generate", "--from", str(first / "image-8.png"), "--out", "again.png"]
+    run = command(*asked, "--cache-dir", str(first.parent / "cache"))
+    out, err = run.communicate()
+    assert run.returncode == 0 and out == "again.png\n", err
+    np.testing.assert_array_equal(images.read("again.png"), images.read(first / "image-8.png"))
+
+
+def test_a_prompt_file_makes_an_image_of_each_line(first, model, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\r\n")
-    (tmp_path / "blocked").write_text("")  # a file where a folder should be stops root too
     asked = ["generate", "--prompts", "prompts.txt", "--model", str(model), "--seed", "3", *SMALL]
-    cache = first.parent / "cache"
-    kept = len(list(cache.iterdir()))
-    assert kept
-    runs = [
-        command(*asked, "--cache-dir", str(cache)),
-        command(*asked, "--out", "more", XDG_CACHE_HOME=str(tmp_path / "blocked")),
-    ]
-    for run, folder in zip(runs, ("images", "more"), strict=True):
-        out, err = run.communicate()
-        assert run.returncode == 0, err
-        names = ("one-3.png", "two-3.png", "contact-sheet.png")
-        assert out.splitlines() == [f"{folder}/{name}" for name in names]
-    a, b = images.read("images/one-3.png"), images.read("more/one-3.png")
-    np.testing.assert_array_equal(a, b)
+    assert main([*asked, "--no-cache"]) == 0
+    names = ("one-3.png", "two-3.png", "contact-sheet.png")
+    assert paths(capsys) == [images.Path("images") / name for name in names]
+
+
+def test_a_home_that_is_read_only_keeps_no_programs(tmp_path, monkeypatch, capsys):
+    import jax
+
+    from sdjax.checkpoints import digest
+    from sdjax.cli import command, generate
+
+    kept = jax.config.jax_compilation_cache_dir
+    (tmp_path / "blocked").write_text("")  # a file where a folder should be stops root too
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "blocked"))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    asked = ["generate", "a cat"]
+    generate.keep_programs(command.parser().parse_args(asked))
+    assert jax.config.jax_compilation_cache_dir == kept
+    with pytest.raises(InputError, match="no cache can be kept in blocked/x"):
+        generate.keep_programs(command.parser().parse_args([*asked, "--cache-dir", "blocked/x"]))
+    (tmp_path / "weights").write_bytes(b"abc")
+    assert digest.sha256("weights").startswith("ba7816bf")
+
+
+def test_a_remembered_hash_is_forgotten_when_the_file_changes(tmp_path):
+    from sdjax.checkpoints import digest
+
+    path = tmp_path / "weights"
+    path.write_bytes(b"abc")
+    assert digest.sha256(path) == digest.sha256(path) == digest.of_files([path, path])
+    assert digest.sha256(path).startswith("ba7816bf")
+    path.write_bytes(b"abd")
+    assert digest.sha256(path).startswith("a52d159f")
+    (digest.home() / "sha256.json").write_text("{")
+    assert digest.sha256(path).startswith("a52d159f")
 
 
 def test_interrupted_it_says_what_was_saved(model, monkeypatch, capsys):

@@ -73,6 +73,7 @@ def run(asked: argparse.Namespace) -> None:
 def keep_programs(asked: argparse.Namespace) -> None:
     """Turn jax's persistent compilation cache on, wherever it can be written."""
     import jax
+    from jax.experimental.compilation_cache import compilation_cache
 
     if asked.no_cache:
         jax.config.update("jax_enable_compilation_cache", False)
@@ -95,6 +96,7 @@ def keep_programs(asked: argparse.Namespace) -> None:
     # By default jax keeps nothing that took under a second; here each program counts.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    compilation_cache.reset_cache()  # it decides once, before the first program
 
 
 def completed(wanted: Request, model: "Model") -> Request:
