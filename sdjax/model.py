@@ -172,7 +172,7 @@ def _denoise(
     return to_x0(schedule, out.astype(jnp.float32), x, sigma)
 
 
-def decode(model: Model, params: Params, latents: Latents) -> Float[Array, "b h w 3"]:
+def decode(model: Model, params: Params, latents: Latents) -> Float[Array, "b H W 3"]:
     """Latents to pixels in 0..1, clipped."""
     vae = params["vae"]
     z = latents / model.vae.scaling_factor + (model.vae.shift_factor or 0.0)

@@ -140,6 +140,18 @@ OPENCLIP_BIGG = OPENCLIP_H | {"num_hidden_layers": 4, "projection_dim": 40}
 CLIPS = {"clip-l": CLIP_L, "openclip-h": OPENCLIP_H, "openclip-bigg": OPENCLIP_BIGG}
 
 
+# Two levels of one layer: for what does not depend on the architecture, compiled in no time.
+FEW_LAYERS = {
+    "unet": {
+        "block_out_channels": [16, 32],
+        "down_block_types": CROSS[-2:],
+        "up_block_types": CROSS_UP[:2],
+        "layers_per_block": 1,
+    },
+    "vae": {"layers_per_block": 1},
+}
+
+
 def randomize(module, seed=0, gain=0.8):
     """Draw every weight anew: kernels with std gain/sqrt(fan in), norms and biases off 1 and 0."""
     import torch
@@ -282,11 +294,11 @@ def scheduler(family):
     return PNDMScheduler(**betas, **quirks, skip_prk_steps=True)
 
 
-def tiny_pipeline(family="sd1"):
-    """A complete diffusers pipeline of tiny random networks."""
+def tiny_pipeline(family="sd1", unet=None, vae=None):
+    """A complete diffusers pipeline of tiny random networks; `unet`, `vae` change their configs."""
     import diffusers
 
-    parts = {"unet": tiny_unet(family)[0], "vae": tiny_vae(family)[0]}
+    parts = {"unet": tiny_unet(family, unet)[0], "vae": tiny_vae(family, vae)[0]}
     parts["scheduler"] = scheduler(family)
     if family.startswith("sdxl"):
         refiner = family == "sdxl-refiner"
@@ -322,7 +334,14 @@ def tiny_pipeline(family="sd1"):
 
 
 def save_tiny_pipeline(
-    folder, family="sd1", dtype=None, variant=None, safe_serialization=True, max_shard_size="10GB"
+    folder,
+    family="sd1",
+    dtype=None,
+    variant=None,
+    safe_serialization=True,
+    max_shard_size="10GB",
+    unet=None,
+    vae=None,
 ):
     """Write a complete diffusers folder, by diffusers itself, and return the torch pipeline.
 
@@ -332,7 +351,7 @@ def save_tiny_pipeline(
     import torch
 
     folder = Path(folder)
-    pipeline = tiny_pipeline(family)
+    pipeline = tiny_pipeline(family, unet, vae)
     pipeline.set_progress_bar_config(disable=True)
     if dtype is not None:
         pipeline = pipeline.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from peers import nchw, nhwc, relative_error, save_tiny_pipeline
+from peers import FEW_LAYERS, nchw, nhwc, relative_error, save_tiny_pipeline
 
 import sdjax
+from sdjax.tasks import settings
 
 PROMPTS = ["a red house by the sea at night", "two boats"]
 NEGATIVES = ["blurry", ""]
@@ -79,3 +80,251 @@ def test_ten_guided_steps_equal_diffusers(tiny, family):
     images = sdjax.text_to_image(model, params, PROMPTS, height=64, width=64, **settings)
     assert images.dtype == np.uint8 and images.shape == (2, 64, 64, 3)
     assert_same_pictures(images, torch_pictures(pipeline, theirs))
+
+
+def test_inpainting_weights_fill_a_wholly_masked_grey_picture(tiny):
+    import torch
+    from PIL import Image
+
+    folder, pipeline = tiny("sd1-inpaint")
+    noise = unit_noise((1, 8, 8, 4))
+    model, params = sdjax.load(folder)
+    latents = sdjax.text_to_image(
+        model, params, PROMPTS[0], steps=STEPS, latents=noise, height=64, width=64, output="latents"
+    )
+    vae = pipeline.vae
+    encoded = vae.encode  # the pipeline draws from the posterior; the mean is what is compared
+    vae.encode = lambda x: _Mode(encoded(x))
+    with torch.no_grad():
+        theirs = ddim(pipeline)(
+            PROMPTS[0],
+            image=torch.zeros(1, 3, 64, 64),
+            mask_image=Image.new("L", (64, 64), 255),
+            strength=1.0,
+            num_inference_steps=STEPS,
+            latents=nchw(noise),
+            height=64,
+            width=64,
+            output_type="latent",
+        ).images
+    assert relative_error(latents, nhwc(theirs)) <= 1e-4
+
+
+class _Mode:
+    """A posterior whose draw is its mean."""
+
+    def __init__(self, posterior):
+        self.latent_dist = self
+        self.mean = posterior.latent_dist.mean
+
+    def sample(self, generator=None):
+        return self.mean
+
+
+def test_the_refiner_starts_from_noise_like_diffusers_at_strength_one(tiny):
+    import torch
+
+    folder, pipeline = tiny("sdxl-refiner")
+    noise = unit_noise((1, 8, 8, 4))
+    model, params = sdjax.load(folder)
+    latents = sdjax.text_to_image(
+        model,
+        params,
+        PROMPTS[0],
+        negative_prompts="blurry",
+        steps=STEPS,
+        latents=noise,
+        height=64,
+        width=64,
+        output="latents",
+    )
+    scheduler = pipeline.scheduler
+    scheduler.set_timesteps(STEPS)
+    start = nchw(noise) * scheduler.init_noise_sigma
+    with torch.no_grad():
+        theirs = pipeline(
+            PROMPTS[0],
+            negative_prompt="blurry",
+            # An image of four channels counts as latents, and to the refiner they are noisy already.
+            image=start,
+            denoising_start=0.0,
+            num_inference_steps=STEPS,
+            guidance_scale=7.5,
+            original_size=(64, 64),
+            target_size=(64, 64),
+            output_type="latent",
+        ).images
+    assert relative_error(latents, nhwc(theirs)) <= 1e-4
+
+
+def test_the_upscaler_composes_from_denoiser_and_sample(tiny):
+    import torch
+
+    folder, pipeline = tiny("x4-upscaler")
+    model, params = sdjax.load(folder)
+    start, small = unit_noise((1, 16, 16, 4)), np.tanh(unit_noise((1, 16, 16, 3), 1))
+    level, draw = 20, unit_noise((1, 16, 16, 3), 2)
+
+    plan = sdjax.diffusion.profiles.diffusers(model.scheduler.dict(), STEPS)
+    bar = sdjax.Schedule(beta_start=0.0001, beta_end=0.02).alphas_cumprod[level]
+    noisy = np.float32(np.sqrt(bar) * small + np.sqrt(1 - bar) * draw)
+    ids = np.concatenate([model.tokenizer([p]).ids for p in ("blurry", PROMPTS[0])])
+    denoise = sdjax.cfg(
+        sdjax.denoiser(
+            model,
+            params,
+            sdjax.encode_text(model, params, ids).context,
+            class_labels=np.array([level, level]),
+            concat=np.concatenate([noisy, noisy]),
+            timesteps=(plan.sigmas, plan.timesteps),
+        ),
+        9.0,
+    )
+    sigmas = np.float32(plan.sigmas)
+    x = sdjax.sample(plan.sampler, denoise, start * np.float32(plan.init_scale), sigmas)
+
+    # The pipeline draws the small picture's noise from its generator: hand it ours.
+    pipeline.low_res_scheduler.add_noise = lambda image, noise, t: nchw(
+        np.float32(np.sqrt(bar) * small + np.sqrt(1 - bar) * draw)
+    ).repeat(len(image), 1, 1, 1)
+    with torch.no_grad():
+        theirs = pipeline(
+            PROMPTS[0],
+            negative_prompt="blurry",
+            image=nchw(small),
+            noise_level=level,
+            num_inference_steps=STEPS,
+            guidance_scale=9.0,
+            latents=nchw(start),
+            output_type="latent",
+        ).images
+    assert relative_error(x * plan.final_scale, nhwc(theirs)) <= 1e-4
+
+
+@pytest.fixture(scope="module")
+def sd1(small_folder):
+    return sdjax.load(small_folder)
+
+
+@pytest.fixture(scope="module")
+def small_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    save_tiny_pipeline(folder, "sd1", **FEW_LAYERS)
+    return folder
+
+
+def pictures(sd1, prompts, **settings):
+    return sdjax.text_to_image(*sd1, prompts, height=64, width=64, **settings)
+
+
+def test_new_prompts_seeds_and_guidance_never_recompile_and_a_step_count_compiles_once(sd1):
+    import jax
+
+    compiled = []
+
+    def listen(event, seconds, **info):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    sampler = sdjax.EulerAncestral(eta=1)
+    pictures(sd1, ["a", "b"], seeds=[0, 1], steps=3, sampler=sampler)
+    compiled.clear()
+    pictures(
+        sd1,
+        ["something else", "entirely"],
+        negative_prompts=["ugly", None],
+        seeds=[2**64 - 1, 2**32],
+        guidance_scale=[3, 1.0],
+        steps=[2, 3],
+        sampler=sdjax.EulerAncestral(eta=0.5),
+    )
+    assert len(compiled) == 0
+    pictures(sd1, ["a", "b"], seeds=[0, 1], steps=4, sampler=sampler)
+    assert len(compiled) == 1
+
+
+def test_an_image_does_not_depend_on_the_batch_around_it(sd1):
+    asked = dict(steps=[3, 2, 3], guidance_scale=[7.5, 2.0, 1.0], seeds=[5, 6, 2**40 + 5])
+    together = pictures(sd1, ["a", "b", "c"], sampler=sdjax.EulerAncestral(), **asked)
+    asked = {name: values[::-1] for name, values in asked.items()}
+    backwards = pictures(sd1, ["c", "b", "a"], sampler=sdjax.EulerAncestral(), **asked)
+    assert_same_pictures(backwards[::-1], together)
+    alone = pictures(
+        sd1, "b", steps=2, guidance_scale=2.0, seeds=6, sampler=sdjax.EulerAncestral()
+    )
+    assert_same_pictures(alone[0], together[1])
+
+
+def test_progress_changes_nothing_and_counts_every_step(sd1):
+    told = []
+    watched = pictures(sd1, "a", steps=3, progress=lambda *what: told.append(what))
+    assert_same_pictures(watched, pictures(sd1, "a", steps=3))
+    assert [what for what in told if what[0] == "steps"] == [("steps", i, 3) for i in (1, 2, 3)]
+
+
+def test_seeds_differ_in_their_upper_bits(sd1):
+    images = pictures(sd1, "a", seeds=[0, 2**32, 2**63], steps=1)
+    assert (images[0] != images[1]).any() and (images[1] != images[2]).any()
+
+
+def test_without_guidance_one_evaluation_a_step_gives_the_same_picture(sd1):
+    alone = pictures(sd1, "a", guidance_scale=1, steps=3)
+    beside = pictures(sd1, ["a", "b"], guidance_scale=[1, 4], steps=3)
+    assert_same_pictures(alone[0], beside[0])
+
+
+def test_recorded_noise_takes_the_place_of_the_seeds(sd1):
+    shape = (3, 2, 8, 8, 4)
+    draws = unit_noise(shape)
+    start = unit_noise((2, 8, 8, 4), 1)
+    asked = dict(latents=start, sampler=sdjax.EulerAncestral(), steps=3)
+    both = pictures(sd1, ["a", "b"], seeds=[1, 2], noise=sdjax.Tape(draws), **asked)
+    again = pictures(sd1, ["a", "b"], seeds=[3, 4], noise=sdjax.Tape(draws), **asked)
+    assert (both == again).all()
+    asked["latents"] = start[1:]
+    second = pictures(sd1, ["b"], noise=sdjax.Tape(draws[:, 1:]), **asked)
+    assert_same_pictures(second[0], both[1])
+
+
+def test_bfloat16_stays_within_two_levels_on_average(sd1, small_folder):
+    half = sdjax.load(small_folder, dtype="bfloat16")
+    exact = pictures(sd1, ["a", "b"], seeds=[1, 2], steps=STEPS)
+    rounded = pictures(half, ["a", "b"], seeds=[1, 2], steps=STEPS)
+    assert np.abs(exact.astype(int) - rounded.astype(int)).mean() <= 2
+
+
+
+
+@pytest.mark.parametrize(
+    "asked, word",
+    [
+        (dict(height=500), "height must be a multiple of 8, got 500: try 496 or 504"),
+        (dict(steps=0), "steps must be a whole number from 1 to 1000"),
+        (dict(steps=1001), "steps"),
+        (dict(seeds=-1), "seeds must be a whole number from 0 to 2\\*\\*64 - 1"),
+        (dict(seeds=2**64), "seeds"),
+        (dict(seeds=[1, 2, 3]), "prompts has 2 entries where seeds has 3"),
+        (dict(guidance_scale=float("nan")), "guidance_scale must be finite"),
+        (dict(sampler="eulr"), "sampler must be one of"),
+        (dict(spacing="karas"), "spacing must be one of"),
+        (dict(output="png"), "output must be"),
+        (dict(latents=np.zeros((2, 4, 8, 8), np.float32)), "latents must be"),
+        (dict(latents=np.full((2, 8, 8, 4), np.nan)), "latents must be finite"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_in_one_sentence(sd1, asked, word):
+    with pytest.raises(sdjax.InputError, match=word):
+        sdjax.text_to_image(*sd1, ["a", "b"], **asked)
+
+
+def test_no_prompts_are_refused(sd1):
+    with pytest.raises(sdjax.InputError, match="prompts"):
+        sdjax.text_to_image(*sd1, [])
+
+
+@pytest.mark.parametrize("name, value", [("steps", 2.5), ("seeds", True), ("guidance_scale", "7")])
+def test_a_setting_of_the_wrong_kind_is_refused(sd1, name, value):
+    asked = dict(negative_prompts=None, seeds=0, steps=1, guidance_scale=1.0) | {name: value}
+    with pytest.raises(sdjax.InputError, match=name):
+        settings.resolve(sd1[0], "a", **asked, height=None, width=None, latents=None)

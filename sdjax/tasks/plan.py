@@ -1,5 +1,7 @@
 """Which sampler and which noise levels: the model's own, or the caller's."""
 
+import dataclasses
+
 from sdjax.diffusion import profiles
 from sdjax.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, EulerAncestral, Heun
 from sdjax.errors import InputError
@@ -36,5 +38,9 @@ def choose(
         own = sampler or profiles.diffusers(model.scheduler.dict(), steps).sampler
         return profiles.k_diffusion(model.schedule, own, spacing, steps)
     profile = _PROFILES.get(type(sampler), "EulerDiscreteScheduler")
-    plan = profiles.diffusers(model.scheduler.dict() | {"_class_name": profile}, steps)
+    # Some classes clip pixels unless told otherwise; a latent model that does not say so means no.
+    config = {"clip_sample": False} | model.scheduler.dict() | {"_class_name": profile}
+    plan = profiles.diffusers(config, steps)
+    if isinstance(sampler, DDIM):  # where its steps land belongs to the spacing
+        sampler = dataclasses.replace(sampler, landings=plan.sampler.landings)
     return plan._replace(sampler=sampler)

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,18 +27,18 @@ def text_to_image(
     prompts: str | Sequence[str],
     *,
     negative_prompts: str | Sequence[str | None] | None = None,
-    seeds: int | Sequence[int] = 0,
-    steps: int | Sequence[int] = 20,
+    seeds: int | Sequence[int] | np.ndarray = 0,
+    steps: int | Sequence[int] | np.ndarray = 20,
     sampler: str | Sampler | None = None,
     spacing: str | None = None,
-    guidance_scale: float | Sequence[float] = 7.5,
+    guidance_scale: float | int | Sequence[float | int] | np.ndarray = 7.5,
     height: int | None = None,
     width: int | None = None,
     latents: Any = None,
     noise: Noise | None = None,
     clip_skip: int = 0,
     progress: bool | Progress = False,
-    output: Literal["images", "latents"] = "images",
+    output: str = "images",
 ) -> np.ndarray:
     """Images [b, height, width, 3] uint8, one for each prompt, seed or other per-image setting.
 

@@ -1,0 +1,82 @@
+"""One program on 1, 2, 4 and 8 devices."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from peers import FEW_LAYERS, save_tiny_pipeline
+
+from sdjax import parallel
+
+SAMPLE = """
+import sys
+import jax
+import numpy as np
+import sdjax
+
+folder, out = sys.argv[1:]
+model, params = sdjax.load(folder)
+params = sdjax.replicate(params)
+asked = dict(seeds=range(5), steps=[2, 3, 2, 3, 3], sampler=sdjax.EulerAncestral(), height=64, width=64)
+images = sdjax.text_to_image(model, params, list("abcde"), **asked)
+# No network in it: pure noise, from the start through every draw.
+noise = jax.pmap(lambda k: sdjax.White(jax.random.wrap_key_data(k), (8, 8, 4))(1, 1.0, 0.5))
+words = sdjax.parallel.split(np.asarray(jax.random.key_data(sdjax.keys(range(5)))), 5)
+start = jax.pmap(lambda k: sdjax.diffusion.noise.start(jax.random.wrap_key_data(k), (8, 8, 4)))
+np.savez(
+    out,
+    images=images,
+    noise=sdjax.parallel.join(noise(words), 5),
+    start=sdjax.parallel.join(start(words), 5),
+    devices=jax.local_device_count(),
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sd1")
+    save_tiny_pipeline(folder, "sd1", **FEW_LAYERS)
+    return folder
+
+
+def on(devices, folder):
+    out = folder / f"{devices}.npz"
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", SAMPLE, folder, out], env=env, cwd=root, check=True)
+    return np.load(out)
+
+
+def test_any_number_of_devices_makes_the_same_noise_and_pictures(folder):
+    one = on(1, folder)
+    for devices in (2, 4, 8):
+        many = on(devices, folder)
+        assert many["devices"] == devices
+        assert (one["noise"] == many["noise"]).all() and (one["start"] == many["start"]).all()
+        gap = np.abs(one["images"].astype(int) - many["images"].astype(int))
+        assert gap.max() <= 1
+        assert (gap > 0).mean() <= 1e-3
+
+
+def test_join_undoes_split():
+    tree = {"a": np.arange(12).reshape(3, 4), "b": np.arange(3)}
+    back = parallel.join(parallel.split(tree, 3), 3)
+    assert all((back[name] == tree[name]).all() for name in tree)
+
+
+def test_replicated_params_are_not_copied_again():
+    once = parallel.replicate({"w": np.ones(3)})
+    again = parallel.replicate(once)
+    assert once["w"].unsafe_buffer_pointer() == again["w"].unsafe_buffer_pointer()
+
+
+def test_parts_come_together_again():
+    tree = {"eta": np.float32(1), "table": np.zeros((7, 3, 1, 1, 1))}
+    parts = parallel.Parts.of(tree, lambda leaf: {5: 1}.get(np.ndim(leaf)))
+    assert parts.each[0].shape == (3, 7, 1, 1, 1)
+    whole = parts.whole()
+    assert whole["table"].shape == (7, 3, 1, 1, 1) and whole["eta"] == 1
