@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import tiny
 from tiny import save_sd1
 
 from sdjax.checkpoints import inspect, load, naming, pickles, safetensors
@@ -15,6 +16,7 @@ from sdjax.errors import InputError
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
+LAST = "text_model.final_layer_norm.weight"
 
 
 @pytest.fixture(scope="module")
@@ -108,26 +110,14 @@ def test_integer_weights(folder, dtype):
     refused(folder, folder / UNET, "'conv_in.bias'", np.dtype(dtype).name, "float")
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-def test_nan_and_infinity(folder, value, dtype):
-    import ml_dtypes
-
-    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
-
-    def spoil(arrays):
-        array = arrays["conv_out.weight"].astype(kind)
-        array[-1, -1, -1, -1] = value
-        arrays["conv_out.weight"] = array
-
-    change(folder / UNET, spoil)
-    refused(folder, folder / UNET, "'conv_out.weight' holds NaN or infinity")
+def test_nan(folder):
+    change(folder / TEXT, lambda a: a.update({LAST: np.where(a[LAST] == a[LAST][-1], np.nan, 1)}))
+    refused(folder, folder / TEXT, LAST, "holds NaN or infinity")
 
 
 def test_a_value_too_large_for_the_dtype_asked_for(folder):
-    change(folder / UNET, lambda a: a.update({"conv_in.bias": np.full(16, 1e6, np.float32)}))
-    load(folder, dtype="bfloat16")
-    refused(folder, folder / UNET, "'conv_in.bias'", "too large for float16", dtype="float16")
+    change(folder / TEXT, lambda a: a.update({LAST: np.full_like(a[LAST], 1e6)}))
+    refused(folder, folder / TEXT, LAST, "too large for float16", dtype="float16")
 
 
 @pytest.mark.parametrize("dtype", ["float8", "int8", "float64", np.int32, object()])
@@ -290,15 +280,15 @@ def test_a_config_that_is_no_config(folder, name, fault):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"block_out_channels": [2**40, 2**40, 2**40, 2**40]},
-        {"block_out_channels": [32000, 32000, 32000, 64000]},
+        {"block_out_channels": [2**40, 2**40]},
+        {"block_out_channels": [64000, 64000]},
         {"cross_attention_dim": 10**15},
         {"layers_per_block": 10**9},
         {"transformer_layers_per_block": 10**6},
         {"in_channels": -1},
         {"in_channels": "4"},
         {"block_out_channels": 3},
-        {"down_block_types": ["EvilBlock"] * 4},
+        {"down_block_types": ["EvilBlock"] * 2},
         {"norm_num_groups": 0},
         {"sample_size": 10**400},
     ],
@@ -309,8 +299,8 @@ def test_a_config_that_asks_for_petabytes_or_nonsense(folder, changes):
 
 
 def test_a_config_of_another_network_allocates_nothing(folder):
-    """Shapes are compared with the header before memory is taken: this one wants 100 GB."""
-    edit_json(folder / "unet/config.json", block_out_channels=[8000, 8000, 8000, 8000])
+    """Shapes are compared with the header before memory is taken: this one wants 30 GB."""
+    edit_json(folder / "unet/config.json", block_out_channels=[8000, 16000])
     refused(folder, folder / UNET, "shape")
 
 
@@ -451,10 +441,8 @@ def test_a_duplicate_key_in_a_pickle(tmp_path):
 
 
 def test_expected_allocates_nothing_for_a_large_network():
-    """Forty billion parameters by their shapes alone."""
-    from peers import SD1
-
+    """Ten billion parameters by their shapes alone."""
     from sdjax.models.unet import UNet
 
-    unet = UNet.from_config(SD1 | {"block_out_channels": [8000] * 4})
+    unet = UNet.from_config(tiny.UNET | {"block_out_channels": [16000] * 2})
     assert sum(np.prod(shape) for shape in naming.expected(unet).values()) > 1e10

@@ -12,6 +12,18 @@ from sdjax.models.unet import UNet
 from sdjax.models.vae import AutoencoderKL
 from sdjax.text import Tokenizer
 
+UNET = SD1 | {
+    "block_out_channels": [16, 32],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "layers_per_block": 1,
+}
+VAE = SD_VAE | {
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "layers_per_block": 1,
+}
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
     "beta_schedule": "scaled_linear",
@@ -39,8 +51,8 @@ def random_params(module, seed=0, scale=0.1):
 def sd1():
     """A model of the tiny SD1 and its params."""
     model = Model(
-        unet=UNet.from_config(SD1),
-        vae=AutoencoderKL.from_config(SD_VAE),
+        unet=UNet.from_config(UNET),
+        vae=AutoencoderKL.from_config(VAE),
         text_encoder=CLIPTextModel.from_config(CLIP_L | {"num_hidden_layers": 1}),
         text_encoder_2=None,
         tokenizer=Tokenizer.clip(),

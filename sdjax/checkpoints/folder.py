@@ -148,7 +148,7 @@ def scheduler(path: Path, entry: Any) -> dict[str, Any]:
 def check_index(path: Path, index: Mapping[str, Any]) -> None:
     """Compare the classes that an index names with ours, by name."""
     pipeline = index.get("_class_name")
-    if pipeline not in PIPELINES:
+    if not isinstance(pipeline, str) or pipeline not in PIPELINES:
         raise InputError(
             f"{path}: '_class_name' is {str(pipeline)[:80]!r}, where sdjax knows Stable Diffusion "
             "1, 2 and XL, their inpainting and the x4 upscaler: choose a checkpoint of these"
@@ -158,20 +158,19 @@ def check_index(path: Path, index: Mapping[str, Any]) -> None:
             continue
         if not isinstance(value, list) or len(value) != 2:
             raise InputError(f"{path}: {name[:80]!r} must be a library and a class: {AGAIN}")
-        library, kind = value
+        library, kind = (part if isinstance(part, str) else repr(part)[:80] for part in value)
         if name in NETWORKS:
             good = (library, kind) == NETWORKS[name]
         elif name in TOKENIZERS:
             good = library == "transformers" and kind in ("CLIPTokenizer", "CLIPTokenizerFast")
         elif name in SCHEDULERS:
-            good = library == "diffusers" and isinstance(kind, str)
-            good = good and SCHEDULER_CLASS.fullmatch(kind) is not None
+            good = library == "diffusers" and SCHEDULER_CLASS.fullmatch(kind) is not None
         else:
             good = library in LIBRARIES and kind in UNUSED.get(name, ())
         if not good:
             known = f", where sdjax knows {NETWORKS[name][1]}" if name in NETWORKS else ""
             raise InputError(
-                f"{path}: {name[:80]!r} is of the class {str(library)[:80]}.{str(kind)[:80]}"
+                f"{path}: {name[:80]!r} is of the class {library[:80]}.{kind[:80]}"
                 f"{known or ', which is not one that sdjax knows'}: choose a checkpoint of Stable "
                 "Diffusion 1, 2 or XL"
             )

@@ -1,0 +1,201 @@
+"""Diffusers folders in all their layouts."""
+
+import json
+import os
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from sdjax.checkpoints import folder, hub, load, naming, safetensors
+from sdjax.checkpoints.safetensors import Entry, entry
+from sdjax.errors import InputError
+
+STEM = "diffusion_pytorch_model"
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    path = tmp_path_factory.mktemp("good") / "sd1"
+    _, params = tiny.save_sd1(path)
+    return path, params
+
+
+@pytest.fixture
+def copy(good, tmp_path):
+    shutil.copytree(good[0], tmp_path / "model", copy_function=os.link)
+    return tmp_path / "model"
+
+
+def weights(path):
+    return load(path)[1]
+
+
+def half(path, to):
+    """The weights of one file as float16 in another."""
+    entries = [
+        Entry(k, t.shape, np.dtype(np.float16), lambda t=t: t.read().astype(np.float16))
+        for k, t in safetensors.open(path).items()
+    ]
+    safetensors.write(to, entries)
+
+
+def shards(path, names, index):
+    """Split a file into shards with an index."""
+    tensors = safetensors.open(path)
+    places = {key: names[i % len(names)] for i, key in enumerate(sorted(tensors))}
+    for name in names:
+        chosen = [entry(tensor) for key, tensor in tensors.items() if places[key] == name]
+        safetensors.write(path.parent / name, chosen)
+    (path.parent / index).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    path.unlink()
+
+
+def test_pickled_weights_load_as_safetensors_do(good, copy):
+    import torch
+    from safetensors.torch import load_file
+
+    for file in list(copy.rglob("*.safetensors")):
+        name = "pytorch_model.bin" if file.parent.name == "text_encoder" else f"{STEM}.bin"
+        new = file.parent.name != "vae"  # both of torch's formats
+        torch.save(load_file(file), file.parent / name, _use_new_zipfile_serialization=new)
+        file.unlink()
+    assert tiny.equal(weights(copy), good[1])
+
+
+def test_safetensors_are_preferred_to_pickles(good, copy):
+    (copy / "unet" / f"{STEM}.bin").write_bytes(b"not read")
+    assert tiny.equal(weights(copy), good[1])
+
+
+@pytest.mark.parametrize(
+    "names, index",
+    [
+        (
+            [f"{STEM}-00001-of-00002.safetensors", f"{STEM}-00002-of-00002.safetensors"],
+            f"{STEM}.safetensors.index.json",
+        ),
+        (
+            [f"{STEM}.fp16-00001-of-00002.safetensors", f"{STEM}.fp16-00002-of-00002.safetensors"],
+            f"{STEM}.safetensors.index.fp16.json",
+        ),
+        (
+            [f"{STEM}-00001-of-00002.fp16.safetensors", f"{STEM}-00002-of-00002.fp16.safetensors"],
+            f"{STEM}.safetensors.index.fp16.json",
+        ),
+    ],
+)
+def test_shards_with_their_index(good, copy, names, index):
+    shards(copy / "unet" / f"{STEM}.safetensors", names, index)
+    assert tiny.equal(weights(copy), good[1])
+
+
+def test_a_variant_is_taken_when_asked_for_or_when_it_is_the_only_one(good, copy):
+    plain = copy / "unet" / f"{STEM}.safetensors"
+    half(plain, copy / "unet" / f"{STEM}.fp16.safetensors")
+    assert load(copy)[1]["unet"]["conv_in"]["bias"].dtype == "float32"
+    _, params = load(copy, variant="fp16")
+    assert params["unet"]["conv_in"]["bias"].dtype == "float16"
+    assert params["vae"]["encoder"]["conv_in"]["bias"].dtype == "float32"
+    plain.unlink()
+    assert load(copy)[1]["unet"]["conv_in"]["bias"].dtype == "float16"
+
+
+def test_which_file_is_taken_among_many():
+    names = [
+        f"{STEM}.bin",
+        f"{STEM}.safetensors",
+        f"{STEM}.fp16.bin",
+        f"{STEM}.fp16.safetensors",
+        f"{STEM}.non_ema.safetensors",
+        f"{STEM}.safetensors.index.json",
+        f"{STEM}-00001-of-00002.safetensors",
+        "flax_model.msgpack",
+        "openvino_model.bin",
+    ]
+    found = folder.candidates(names)
+    assert found == {None: f"{STEM}.safetensors", "fp16": f"{STEM}.fp16.safetensors"}
+    assert folder.candidates(["model.safetensors.index.fp16.json", "model.fp16.bin"]) == {
+        "fp16": "model.safetensors.index.fp16.json"
+    }
+    with pytest.raises(InputError, match="'bf16', 'fp16'"):
+        folder.choose({"fp16": "a", "bf16": "b"}, None, "unet")
+
+
+def cache(good, root):
+    """The Hub's cache of a model: a snapshot of links to blobs."""
+    model = root / "models--org--name"
+    snapshot = model / "snapshots" / "0123abc"
+    (model / "refs").mkdir(parents=True)
+    (model / "blobs").mkdir()
+    (model / "refs" / "main").write_text("0123abc")
+    for i, file in enumerate(sorted(p for p in good.rglob("*") if p.is_file())):
+        os.link(file, model / "blobs" / str(i))
+        link = snapshot / file.relative_to(good)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(model / "blobs" / str(i), link.parent))
+    return model, snapshot
+
+
+def test_the_hubs_cache_and_its_links(good, tmp_path):
+    model, snapshot = cache(good[0], tmp_path)
+    assert folder.snapshot(model) == snapshot
+    assert tiny.equal(weights(model), good[1])
+    (model / "refs" / "main").write_text("../../../etc")
+    with pytest.raises(InputError, match="refs/main"):
+        load(model)
+    (model / "refs" / "main").unlink()
+    assert folder.snapshot(model) == snapshot
+    (snapshot / "unet" / f"{STEM}.safetensors").resolve().unlink()
+    with pytest.raises(InputError, match="is a link to .*blobs.* not there"):
+        load(model)
+
+
+def test_a_hub_id_fetches_what_is_loaded_and_no_more(monkeypatch, good, tmp_path):
+    import huggingface_hub
+
+    files = [str(p.relative_to(good[0])) for p in good[0].rglob("*") if p.is_file()]
+    more = [f"unet/{STEM}.bin", f"unet/{STEM}.fp16.safetensors", "v1-5.ckpt", "README.md"]
+    more += ["safety_checker/model.safetensors"]
+    asked = {}
+
+    class Api:
+        def list_repo_files(self, name):
+            return files + more
+
+    def download(name, allow_patterns):
+        asked.update(name=name, patterns=allow_patterns)
+        return str(good[0])
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    model, _ = load("org/name")
+    assert asked["name"] == "org/name" and model.source == "org/name"
+    assert set(asked["patterns"]) == set(files)
+    assert f"unet/{STEM}.fp16.safetensors" in hub.wanted(files + more, "fp16")
+    with pytest.raises(InputError, match="v1-5.ckpt"):
+        hub.wanted(["v1-5.ckpt"])
+
+
+@pytest.mark.parametrize("family", ["sd2", "sdxl", "sdxl-refiner", "x4-upscaler"])
+def test_folders_that_diffusers_wrote(family, tmp_path):
+    from peers import flax_params, save_tiny_pipeline
+
+    pipeline = save_tiny_pipeline(tmp_path / family, family)
+    model, params = load(tmp_path / family)
+    assert model.family == family
+    assert model.zero_negative == (family == "sdxl")
+    assert (model.text_encoder is None) == (family == "sdxl-refiner")
+    for name, tree in params.items():
+        assert tiny.equal(jax.tree.map(np.asarray, tree), flax_params(getattr(pipeline, name)))
+        config = getattr(pipeline, name).config
+        assert getattr(model, name) == type(getattr(model, name)).from_config(dict(config))
+
+
+def test_the_names_of_a_network_are_traced_once():
+    model, _ = tiny.sd1()
+    again, _ = tiny.sd1()
+    assert naming.leaves(model.unet) is naming.leaves(again.unet)

@@ -1,0 +1,193 @@
+"""What is saved loads again with equal bytes, here and in torch's diffusers."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from sdjax.checkpoints import inspect, load, safetensors, save
+from sdjax.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "sd1"
+    model, params = tiny.save_sd1(path)
+    return path, model, params
+
+
+def files(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_load_save_load_is_byte_equal(saved, tmp_path):
+    path, model, params = saved
+    loaded, weights = load(path)
+    assert loaded == model and hash(loaded) == hash(model)
+    assert loaded.family == "sd1" and loaded.source == str(path)
+    assert tiny.equal(weights, params)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(weights))
+    save(tmp_path / "again", loaded, weights)
+    assert files(tmp_path / "again") == files(path)
+
+
+def test_a_single_file_and_back(saved, tmp_path):
+    path, model, params = saved
+    save(tmp_path / "x.safetensors", model, params)
+    keys = set(safetensors.open(tmp_path / "x.safetensors"))
+    assert "model.diffusion_model.input_blocks.0.0.weight" in keys
+
+
+def test_torch_diffusers_loads_it_with_equal_weights(saved):
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    path, _, params = saved
+    pipeline = StableDiffusionPipeline.from_pretrained(path)
+    from peers import flax_params
+
+    for name in ("unet", "vae", "text_encoder"):
+        theirs = flax_params(getattr(pipeline, name))
+        assert tiny.equal(jax.tree.map(np.asarray, params[name]), theirs), name
+    assert pipeline.safety_checker is None
+    assert type(pipeline.scheduler).__name__ == "DDIMScheduler"
+    assert pipeline.scheduler.config.set_alpha_to_one is False
+    ids = pipeline.tokenizer(["a cat"], padding="max_length", max_length=77).input_ids
+    np.testing.assert_array_equal(ids, saved[1].tokenizer(["a cat"]).ids)
+    assert pipeline.unet.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_cast_when_saving(saved, tmp_path, dtype):
+    _, model, params = saved
+    save(tmp_path / "x", model, params, dtype=dtype)
+    report = inspect(tmp_path / "x")
+    assert report.dtypes == (dtype,)
+    _, weights = load(tmp_path / "x")
+    assert weights["unet"]["conv_in"]["kernel"].dtype == dtype
+    np.testing.assert_array_equal(
+        np.asarray(weights["unet"]["conv_in"]["kernel"]),
+        params["unet"]["conv_in"]["kernel"].astype(np.dtype(dtype)),
+    )
+
+
+def test_nothing_is_overwritten_unasked(saved, tmp_path):
+    _, model, params = saved
+    for name in ("x", "x.safetensors"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("keep")
+        for overwrite in (False, True):
+            with pytest.raises(InputError, match="give another path"):
+                save(tmp_path / name, model, params, overwrite=overwrite)
+    assert (tmp_path / "x" / "mine").read_text() == "keep"
+    assert sorted(os.listdir(tmp_path)) == ["x", "x.safetensors"]
+
+
+def test_an_empty_folder_is_filled_and_a_checkpoint_replaced_when_asked(saved, tmp_path):
+    path, model, params = saved
+    (tmp_path / "x").mkdir()
+    save(tmp_path / "x", model, params)
+    save(tmp_path / "x", model, params, overwrite=True)
+    assert files(tmp_path / "x") == files(path)
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_params_of_another_model_are_refused(saved, tmp_path):
+    _, model, params = saved
+    less = {**params, "vae": {k: v for k, v in params["vae"].items() if k != "encoder"}}
+    with pytest.raises(InputError, match="params lack 'vae/encoder/"):
+        save(tmp_path / "x", model, less)
+    more = {**params, "vae": {**params["vae"], "lora": np.ones(3, np.float32)}}
+    with pytest.raises(InputError, match="'vae/lora'"):
+        save(tmp_path / "x", model, more)
+    with pytest.raises(InputError, match="params lack 'unet/"):
+        save(tmp_path / "x", model, {})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_failed_save_leaves_nothing(saved, tmp_path):
+    _, model, params = saved
+    large = {**params, "vae": jax.tree.map(lambda a: np.full_like(a, 1e6), params["vae"])}
+    with pytest.raises(InputError, match="too large for float16"):
+        save(tmp_path / "x", model, large, dtype="float16")
+    assert os.listdir(tmp_path) == []
+
+
+def test_inspect_says_what_it_is_without_reading_weights(saved, monkeypatch):
+    import hashlib
+
+    from sdjax.checkpoints import tensors
+
+    path, _, params = saved
+
+    def read(self):
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(tensors.Tensor, "read", property(read), raising=False)
+    report = inspect(path)
+    assert (report.family, report.prediction, report.dtypes) == ("sd1", "epsilon", ("float32",))
+    assert report.parameters == sum(a.size for a in jax.tree.leaves(params))
+    for file in report.files:
+        assert file.sha256 == hashlib.sha256(file.path.read_bytes()).hexdigest()
+    text = str(report)
+    assert f"{report.parameters:,}" in text and report.files[0].sha256 in text
+
+
+def test_progress_counts_every_byte(saved):
+    path, _, params = saved
+    seen = []
+    load(path, progress=lambda done, total: seen.append((done, total)))
+    total = sum(a.nbytes for a in jax.tree.leaves(params))
+    assert seen[-1] == (total, total)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+PEAK = """
+import gc, json, sys
+import jax
+from sdjax.checkpoints.load import load, open_checkpoint
+
+def status(key):
+    line = next(line for line in open("/proc/self/status") if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+open_checkpoint(sys.argv[1])  # traces the networks, as the first load in a process does
+gc.collect()
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+_, params = load(sys.argv[1], dtype=sys.argv[2] if len(sys.argv) > 2 else None)
+size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+print(json.dumps([size, status("VmHWM") - before]))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="Linux counts the peak")
+@pytest.mark.parametrize("dtype", [[], ["bfloat16"]])
+def test_loading_peaks_at_most_1_3_times_the_params(saved, tmp_path_factory, dtype):
+    """On 100 MB, one tensor of which is a fifth; real checkpoints have smaller parts."""
+    from dataclasses import replace
+
+    from sdjax.models.unet import UNet
+
+    path = tmp_path_factory.getbasetemp() / "large"
+    if not path.exists():
+        _, model, params = saved
+        unet = UNet.from_config(tiny.UNET | {"block_out_channels": [128, 448]})
+        weights = {**params, "unet": tiny.random_params(unet)}
+        save(path, replace(model, unet=unet), weights)
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK, str(path), *dtype],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"},
+    )
+    size, peak = json.loads(run.stdout)
+    assert size > 40e6
+    assert peak <= 1.3 * size, (peak, size)
