@@ -139,9 +139,8 @@ def safe_name(prompt: str, seed: int) -> str:
     ]
     words = unicodedata.normalize("NFC", "".join(kept)).split()
     tail = f"-{seed}"
-    stem = "-".join(words).encode("utf-8", "ignore")[: _STEM_BYTES - len(tail)]
-    stem = stem.decode("utf-8", "ignore").strip("-")
-    return (stem or "image") + tail
+    short = "-".join(words).encode("utf-8", "ignore")[: _STEM_BYTES - len(tail)]
+    return (short.decode("utf-8", "ignore").strip("-") or "image") + tail
 
 
 def contact_sheet(
@@ -172,7 +171,7 @@ def contact_sheet(
     cell = max(8, round(height * scale)), max(8, round(width * scale))
     gap = max(4, cell[1] // 24)
     font = ImageFont.load_default(size=max(10, min(24, cell[1] // 18)))
-    line = math.ceil(sum(font.getmetrics()) * 1.15)
+    line = math.ceil(font.getbbox("Ag")[3] * 1.3)
     texts = [_wrapped(_drawable(c, font), font, cell[1]) for c in captions or [""] * len(images)]
     band = max(map(len, texts)) * line
     band += gap if band else 0

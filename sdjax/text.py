@@ -206,9 +206,15 @@ def _build(parts: "Parts", where: str) -> Tokenizer:
         },
     }
     text = json.dumps(definition, separators=(",", ":"))
-    fields = (named[n] for n in ("bos_token", "eos_token", "unk_token", "pad_token"))
     try:
         _backend(text)
     except Exception as error:  # the library raises nothing narrower
         raise InputError(f"{where}: the tokenizer cannot be built: {error}") from None
-    return Tokenizer(text, *fields, parts.length)
+    return Tokenizer(
+        definition=text,
+        bos_token=named["bos_token"],
+        eos_token=named["eos_token"],
+        unk_token=named["unk_token"],
+        pad_token=named["pad_token"],
+        length=parts.length,
+    )

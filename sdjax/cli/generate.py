@@ -107,15 +107,15 @@ def completed(wanted: Request, model: "Model") -> Request:
 
     cpu = jax.default_backend() == "cpu"
     factor = model.vae.factor
-    sides = dict(zip(("height", "width"), model.size, strict=True))
-    for name in sides:
-        if getattr(wanted, name) is not None:
-            sides[name] = getattr(wanted, name)
-        if sides[name] % factor:
-            low = max(factor, sides[name] // factor * factor)
-            raise InputError(f"{name} must be a multiple of {factor}, got {sides[name]}: try {low}")
+    own = model.size
+    height, width = wanted.height or own[0], wanted.width or own[1]
+    for name, pixels in (("height", height), ("width", width)):
+        if pixels % factor:
+            low = max(factor, pixels // factor * factor)
+            raise InputError(f"{name} must be a multiple of {factor}, got {pixels}: try {low}")
     return wanted._replace(
-        **sides,
+        height=height,
+        width=width,
         dtype=wanted.dtype or ("float32" if cpu else None),
         batch=wanted.batch or min(device_count() * (1 if cpu else 4), _total(wanted)),
     )
@@ -124,7 +124,7 @@ def completed(wanted: Request, model: "Model") -> Request:
 def warn_of_cuts(wanted: Request, source: "Source") -> None:
     """Say which words a tokenizer has no room for."""
     texts = dict.fromkeys([*wanted.prompts, wanted.negative or ""])
-    cuts = {}
+    cuts: dict[str, tuple[str, int]] = {}
     for tokenizer in source.tokenizers.values():
         for text, cut in zip(texts, tokenizer(list(texts)).dropped, strict=True):
             if cut and len(cut) > len(cuts.get(text, ("", 0))[0]):
@@ -191,9 +191,10 @@ def made(
     from sdjax.tasks.text_to_image import text_to_image
 
     jobs = [Job(prompt, seed) for prompt in wanted.prompts for seed in wanted.seeds]
-    for start in range(0, len(jobs), wanted.batch):
-        some = jobs[start : start + wanted.batch]
-        rows = some + some[-1:] * (wanted.batch - len(some))
+    size = wanted.batch or 1
+    for start in range(0, len(jobs), size):
+        some = jobs[start : start + size]
+        rows = some + some[-1:] * (size - len(some))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # it says again what was said before
             pixels = text_to_image(
