@@ -180,7 +180,7 @@ def test_a_hub_id_fetches_what_is_loaded_and_no_more(monkeypatch, good, tmp_path
         hub.wanted(["v1-5.ckpt"])
 
 
-@pytest.mark.parametrize("family", ["sd2", "sdxl", "sdxl-refiner", "x4-upscaler"])
+@pytest.mark.parametrize("family", ["sdxl", "sdxl-refiner", "x4-upscaler"])
 def test_folders_that_diffusers_wrote(family, tmp_path):
     from peers import flax_params, save_tiny_pipeline
 
@@ -191,8 +191,6 @@ def test_folders_that_diffusers_wrote(family, tmp_path):
     assert (model.text_encoder is None) == (family == "sdxl-refiner")
     for name, tree in params.items():
         assert tiny.equal(jax.tree.map(np.asarray, tree), flax_params(getattr(pipeline, name)))
-        config = getattr(pipeline, name).config
-        assert getattr(model, name) == type(getattr(model, name)).from_config(dict(config))
 
 
 def test_the_names_of_a_network_are_traced_once():

@@ -31,6 +31,7 @@ SCHEDULER = {
     "beta_end": 0.012,
     "steps_offset": 1,
     "set_alpha_to_one": False,
+    "clip_sample": False,
 }
 
 

@@ -92,19 +92,19 @@ def open(path: Path, variant: str | None = None) -> Folder:
     check_index(path / INDEX, index)
     present = [name for name in index if not name.startswith("_") and named(index[name])]
     networks = [name for name in present if name in NETWORKS]
-    for name in networks:
-        part = path / name
-        if not part.is_dir():
+    for name in present:
+        if name in (*NETWORKS, *TOKENIZERS) and not (path / name).is_dir():
             raise InputError(
-                f"{part} is not there, and {path / INDEX} names it: complete the download"
+                f"{path / name} is not there, and {path / INDEX} names it: complete the download"
             )
-    variants = {name: variants_in(path / name, name) for name in networks}
+    variants = {name: variants_in(path / name) for name in networks}
     if variant is not None and not any(variant in found for found in variants.values()):
         known = sorted({v for found in variants.values() for v in found if v})
         raise InputError(
             f"{path} has no weights of the variant {variant!r}: it has "
             f"{', '.join(map(repr, known)) if known else 'only plain ones'}"
         )
+    configs = {}
     for name in networks:
         part = path / name
         config = read_json(part / "config.json")
@@ -114,20 +114,17 @@ def open(path: Path, variant: str | None = None) -> Folder:
                 f"{part / 'config.json'} is of the class {str(class_name)[:80]!r}, where sdjax "
                 f"knows {NETWORKS[name][1]}"
             )
-        folder.networks[name] = Component(part, config, weights(part, variant))
+        configs[name] = config
     for name in present:
         if name in SCHEDULERS:
             folder.schedulers[name] = scheduler(path / name / "scheduler_config.json", index[name])
         elif name in TOKENIZERS:
-            if not (path / name).is_dir():
-                raise InputError(
-                    f"{path / name} is not there, and {path / INDEX} names it: complete the "
-                    "download"
-                )
             folder.tokenizers[name] = path / name
     for name in ("unet", "vae", "scheduler"):
         if name not in present:
             raise InputError(f"{path / INDEX} has no {name!r}: complete the checkpoint")
+    for name, config in configs.items():
+        folder.networks[name] = Component(path / name, config, weights(path / name, variant))
     return folder
 
 
@@ -234,7 +231,7 @@ def candidates(names: Iterable[str]) -> dict[str | None, str]:
     return {variant: min(names, key=rank) for variant, names in found.items()}
 
 
-def variants_in(part: Path, name: str) -> dict[str | None, str]:
+def variants_in(part: Path) -> dict[str | None, str]:
     """The variants of a component's weights, and the file of each."""
     return candidates(sorted(p.name for p in part.iterdir()))
 

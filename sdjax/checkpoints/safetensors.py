@@ -109,34 +109,36 @@ def parse(header: bytes, path: Path) -> dict[str, Any]:
 
 def claim(key: str, value: Any, path: Path) -> Claim:
     """One entry of the header, its types, ranges and size checked."""
-
-    def natural(number: Any) -> bool:
-        return type(number) is int and 0 <= number < 2**63
-
-    def refuse(what: str) -> InputError:
-        return InputError(f"{path}: tensor {key!r} {what}: {AGAIN}")
-
+    at = f"{path}: tensor {key!r}"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise refuse("must have exactly dtype, shape and data_offsets in the header")
+        raise InputError(f"{at} must have exactly dtype, shape and data_offsets: {AGAIN}")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise InputError(
-            f"{path}: tensor {key!r} has dtype {str(dtype)[:40]!r}, which is not one of "
+            f"{at} has dtype {str(dtype)[:40]!r}, which is not one of "
             f"{', '.join(DTYPES)}: convert it to F16, BF16 or F32"
         )
-    if not isinstance(shape, list) or len(shape) > 32 or not all(map(natural, shape)):
-        raise refuse("has a shape that is not a list of sizes")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(natural, offsets)):
-        raise refuse("has data_offsets that are not two positions in the file")
+    if not isinstance(shape, list) or len(shape) > 32 or not naturals(shape):
+        raise InputError(f"{at} has a shape that is not a list of sizes: {AGAIN}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not naturals(offsets):
+        raise InputError(f"{at} has data_offsets that are not two positions: {AGAIN}")
     start, stop = offsets
     size = DTYPES[dtype].itemsize
     for length in shape:
         size *= length
     if size >= 2**63:
-        raise refuse(f"has the shape {shape}, which overflows")
+        raise InputError(f"{at} has the shape {shape}, which overflows: {AGAIN}")
     if stop - start != size:
-        raise refuse(f"of dtype {dtype} and shape {shape} takes {size} bytes, not {stop - start}")
+        raise InputError(
+            f"{at} of dtype {dtype} and shape {shape} takes {size} bytes, not {stop - start}: "
+            f"{AGAIN}"
+        )
     return Claim(key, tuple(shape), DTYPES[dtype], start, stop)
+
+
+def naturals(numbers: list[Any]) -> bool:
+    """Whether all are integers that fit the format's 64 bits; JSON's true is no number."""
+    return all(type(number) is int and 0 <= number < 2**63 for number in numbers)
 
 
 def tile(claims: list[Claim], size: int, path: Path) -> None:

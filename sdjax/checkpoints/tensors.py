@@ -5,6 +5,7 @@ file again. Nothing is read before `Tensor.read`, so a header can be checked aga
 shapes before memory is spent on it.
 """
 
+import functools
 import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -126,13 +127,16 @@ class Map:
             size *= length
         stop = start + size * dtype.itemsize
 
-        def read() -> np.ndarray:
-            if size == 0:
-                return np.empty(shape, dtype)
-            array = np.frombuffer(self._map, np.uint8, stop - start, start)
-            return array.view(dtype).reshape(shape)
+        read = functools.partial(self.read, shape, dtype, start, stop)
+        release = functools.partial(self.release, start, stop)
+        return Tensor(name, shape, dtype, self.path, read, release)
 
-        return Tensor(name, shape, dtype, self.path, read, lambda: self.release(start, stop))
+    def read(self, shape: tuple[int, ...], dtype: np.dtype, start: int, stop: int) -> np.ndarray:
+        """A read-only view of the mapped bytes between two places."""
+        if start == stop:
+            return np.empty(shape, dtype)
+        array = np.frombuffer(self._map, np.uint8, stop - start, start)
+        return array.view(dtype).reshape(shape)
 
     def release(self, start: int, stop: int) -> None:
         """Drop the resident pages between two bytes; reading them again is correct, only slower."""
