@@ -19,7 +19,7 @@ from sdjax.models.unet import UNet
 from sdjax.models.vae import AutoencoderKL
 from sdjax.text import Tokenizer
 
-CLASSES = {
+CLASSES: dict[str, Any] = {
     "unet": UNet,
     "vae": AutoencoderKL,
     "text_encoder": CLIPTextModel,
