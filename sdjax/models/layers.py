@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from sdjax.models.convolution import conv2d
+
 _kernel_init = nn.initializers.lecun_normal()
 Padding = int | tuple[tuple[int, int], tuple[int, int]]
 
@@ -47,18 +49,12 @@ class Conv(nn.Module):
         size = self.kernel_size
         kernel = self.param("kernel", _kernel_init, (size, size, x.shape[-1], self.features))
         kernel = kernel.astype(x.dtype)
-        if size == 1 and self.stride == 1:
+        pad = self.padding
+        pads = ((pad, pad), (pad, pad)) if isinstance(pad, int) else pad
+        if size == 1 and self.stride == 1 and not any(map(any, pads)):
             y = jnp.dot(x, kernel[0, 0])
         else:
-            pad = self.padding
-            pads = ((pad, pad), (pad, pad)) if isinstance(pad, int) else pad
-            y = lax.conv_general_dilated(
-                x,
-                kernel,
-                (self.stride, self.stride),
-                pads,
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
+            y = conv2d(x, kernel, self.stride, pads)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(x.dtype)
@@ -71,7 +67,10 @@ _ACTIVATIONS = {"silu": jax.nn.silu}
 class GroupNorm(nn.Module):
     """Normalise groups of channels over space, then scale, shift and, with `act`, activate.
 
-    Wu and He 2018 (arXiv 1803.08494). Statistics are float32. `act` is None or "silu".
+    Wu and He 2018 (arXiv 1803.08494). Statistics are float32: sums over space for every channel,
+    then over each group's channels. Each channel is shifted by the mean of a few of its values
+    before it is squared, so that a mean far larger than the deviation does not cancel. `act` is
+    None or "silu".
     """
 
     groups: int
@@ -81,17 +80,36 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *space c"]:
         """Normalise x over space and the channels of each group."""
-        c = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (c,))
-        bias = self.param("bias", nn.initializers.zeros, (c,))
-        y = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, c // self.groups)
-        mean = y.mean((1, 3), keepdims=True)
-        var = jnp.square(y - mean).mean((1, 3), keepdims=True)
-        y = ((y - mean) * lax.rsqrt(var + self.epsilon)).reshape(x.shape)
-        y = y * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+        b, c = x.shape[0], x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (c,)).astype(jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (c,)).astype(jnp.float32)
+        y = x.astype(jnp.float32).reshape(b, -1, c)
+        mean, var = _group_moments(y, self.groups)
+        gain = lax.rsqrt(var + self.epsilon) * scale
+        y = (y - mean) * gain + bias
         if self.act is not None:
             y = _ACTIVATIONS[self.act](y)
-        return y.astype(x.dtype)
+        return y.astype(x.dtype).reshape(x.shape)
+
+
+def _group_moments(
+    x: Float[Array, "b n c"], groups: int
+) -> tuple[Float[Array, "b 1 c"], Float[Array, "b 1 c"]]:
+    """Return each group's mean and variance, repeated for its channels."""
+    b, n, c = x.shape
+    shift = lax.stop_gradient(x[:, :: max(1, n // 8)].mean(1, keepdims=True))
+    moved = x - shift
+    first = moved.mean(1, keepdims=True)
+    second = jnp.square(moved).mean(1, keepdims=True) - jnp.square(first)
+
+    def average(a: Float[Array, "b 1 c"]) -> Float[Array, "b 1 c"]:
+        means = a.reshape(b, 1, groups, -1).mean(-1, keepdims=True)
+        return jnp.broadcast_to(means, (b, 1, groups, c // groups)).reshape(b, 1, c)
+
+    channel_mean = shift + first
+    mean = average(channel_mean)
+    between = jnp.square(channel_mean - mean)
+    return mean, average(jnp.maximum(second, 0.0) + between)
 
 
 class LayerNorm(nn.Module):

@@ -1,0 +1,118 @@
+"""Two-dimensional convolution by the fastest algorithm of the platform: NHWC, HWIO."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+Pads = tuple[tuple[int, int], tuple[int, int]]
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+# Winograd's F(2x2, 3x3): Y = Aᵀ [(G g Gᵀ) * (Bᵀ d B)] A, rows as coefficients.
+_B = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
+_G = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
+_A = ((1, 1, 1, 0), (0, 1, -1, -1))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def conv2d(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "kh kw c k"], stride: int, pads: Pads
+) -> Float[Array, "b H W k"]:
+    """Convolve x with the kernel; `pads` is ((top, bottom), (left, right)).
+
+    Derivatives of every order and mode are those of `lax.conv_general_dilated`.
+    """
+    return lax.platform_dependent(
+        x,
+        kernel,
+        cpu=functools.partial(_cpu, stride=stride, pads=pads),
+        default=functools.partial(direct, stride=stride, pads=pads),
+    )
+
+
+@conv2d.defjvp
+def _conv2d_jvp(stride: int, pads: Pads, primals: tuple, tangents: tuple) -> tuple:
+    (x, kernel), (dx, dkernel) = primals, tangents
+    tangent = direct(dx, kernel, stride, pads) + direct(x, dkernel, stride, pads)
+    return conv2d(x, kernel, stride, pads), tangent
+
+
+def direct(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "kh kw c k"], stride: int, pads: Pads
+) -> Float[Array, "b H W k"]:
+    """Convolve by XLA's own algorithm."""
+    strides = (stride, stride)
+    return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=_LAYOUT)
+
+
+def _cpu(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "kh kw c k"], stride: int, pads: Pads
+) -> Float[Array, "b H W k"]:
+    """Choose by shape; the thresholds were measured at SD1.5's sizes (benchmarks/README.md)."""
+    _, h, w, c = x.shape
+    same3x3 = kernel.shape[:2] == (3, 3) and stride == 1 and pads == ((1, 1), (1, 1))
+    if same3x3 and h % 2 == w % 2 == 0 and h * w >= 1024 and min(c, kernel.shape[3]) >= 128:
+        return winograd(x, kernel) if x.dtype == jnp.float32 else eigen(x, kernel, stride, pads)
+    return eigen(x, kernel, stride, pads)
+
+
+def eigen(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "kh kw c k"], stride: int, pads: Pads
+) -> Float[Array, "b H W k"]:
+    """Convolve on a CPU with one row more than asked for, which is cut off again.
+
+    XLA (jaxlib 0.10) sends convolutions to YNNPACK unless the output is larger than the input;
+    Eigen needs as little as half of YNNPACK's time (8x8, 1280 channels: 20 ms against 45).
+    """
+    (top, bottom), sides = pads
+    height = (x.shape[1] + top + bottom - kernel.shape[0]) // stride + 1
+    more = (x.shape[1] - height + 1) * stride
+    if stride > 1 or not 0 < more <= 2:
+        return direct(x, kernel, stride, pads)
+    return direct(x, kernel, stride, ((top, bottom + more), sides))[:, :height]
+
+
+def winograd(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c k"]
+) -> Float[Array, "b h w k"]:
+    """A 3x3 convolution with padding 1 in 16 multiplications where the direct one takes 36.
+
+    Lavin and Gray 2016 (arXiv 1509.09308), F(2x2, 3x3), whose float32 error is the direct sum's.
+    Height and width are even. The 16 products stay 16 arrays: XLA's CPU backend is slow at
+    stacking them.
+    """
+    b, h, w, c = x.shape
+    tiles = (b, h // 2, w // 2)
+    filters = _sandwich(_G, [[kernel[i, j] for j in range(3)] for i in range(3)])
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    padded = padded.reshape(b, h // 2 + 1, 2, w // 2 + 1, 2, c)
+
+    def tap(i: int, j: int) -> Float[Array, "b th tw c"]:
+        row, column = i // 2, j // 2
+        return padded[:, row : row + h // 2, i % 2, column : column + w // 2, j % 2]
+
+    windows = _sandwich(_B, [[tap(i, j) for j in range(4)] for i in range(4)])
+    products = [
+        [jnp.dot(windows[i][j].reshape(-1, c), filters[i][j]).reshape(*tiles, -1) for j in range(4)]
+        for i in range(4)
+    ]
+    y = _sandwich(_A, products)
+    rows = [jnp.stack(row, axis=3) for row in y]
+    return jnp.stack(rows, axis=2).reshape(b, h, w, -1)
+
+
+def _sandwich(matrix: tuple, grid: list[list[Array]]) -> list[list[Array]]:
+    """Return matrix · grid · matrixᵀ, the grid's entries being arrays."""
+    half = [_combine(matrix, list(column)) for column in zip(*grid, strict=True)]
+    return [_combine(matrix, list(row)) for row in zip(*half, strict=True)]
+
+
+def _combine(matrix: tuple, arrays: list[Array]) -> list[Array]:
+    """Return matrix · arrays, leaving out what is multiplied by 0."""
+    sums = []
+    for row in matrix:
+        terms = [a if c == 1 else c * a for c, a in zip(row, arrays, strict=True) if c != 0]
+        sums.append(functools.reduce(jnp.add, terms))
+    return sums
