@@ -61,6 +61,26 @@ def test_every_shipped_config_is_valid_toml():
         tomllib.loads(file.read_text(encoding="utf-8"))
 
 
+def test_the_readmes_sampler_is_heuns_method():
+    import jax
+    import numpy as np
+
+    import sdjax
+    from sdjax.diffusion.analytic import Gaussian
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(import jax.numpy.*?)\nimages = ", readme, re.DOTALL)
+    scope: dict = {"__name__": "readme"}
+    exec(block, scope)
+    x = 10 * jax.random.normal(jax.random.key(0), (1, 4, 4, 3))
+    sigmas = np.append(np.geomspace(10, 0.1, 8), 0.0)
+    mine, heun = (
+        sdjax.sample(sampler, Gaussian(0.3, 0.5), x, sigmas)
+        for sampler in (scope["MyHeun"](), sdjax.Heun())
+    )
+    np.testing.assert_allclose(mine, heun, atol=2e-5)
+
+
 def test_the_readme_names_every_file_it_links():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", readme):
