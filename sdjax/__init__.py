@@ -1,49 +1,73 @@
 """Latent diffusion in JAX: every network a pure function, every sampler a few lines."""
 
-from sdjax.checkpoints import inspect, load, save
-from sdjax.diffusion.guidance import cfg
-from sdjax.diffusion.noise import Tape, White, key, keys
-from sdjax.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, EulerAncestral, Heun
-from sdjax.diffusion.sampling import sample
-from sdjax.diffusion.schedules import Schedule
-from sdjax.diffusion.spacings import exponential, karras, leading, linspace, trailing
-from sdjax.errors import InputError
-from sdjax.model import Model, decode, denoiser, encode_text
-from sdjax.parallel import replicate
-from sdjax.tasks.text_to_image import text_to_image
-from sdjax.types import pytree, static
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "DDIM",
-    "DDPM",
-    "DPMSolverPP2M",
-    "Euler",
-    "EulerAncestral",
-    "Heun",
-    "InputError",
-    "Model",
-    "Schedule",
-    "Tape",
-    "White",
-    "cfg",
-    "decode",
-    "denoiser",
-    "encode_text",
-    "exponential",
-    "inspect",
-    "karras",
-    "key",
-    "keys",
-    "leading",
-    "linspace",
-    "load",
-    "pytree",
-    "replicate",
-    "sample",
-    "save",
-    "static",
-    "text_to_image",
-    "trailing",
-]
+if TYPE_CHECKING:
+    from sdjax.checkpoints import inspect as inspect
+    from sdjax.checkpoints import load as load
+    from sdjax.checkpoints import save as save
+    from sdjax.diffusion.guidance import cfg as cfg
+    from sdjax.diffusion.noise import Tape as Tape
+    from sdjax.diffusion.noise import White as White
+    from sdjax.diffusion.noise import key as key
+    from sdjax.diffusion.noise import keys as keys
+    from sdjax.diffusion.samplers import DDIM as DDIM
+    from sdjax.diffusion.samplers import DDPM as DDPM
+    from sdjax.diffusion.samplers import DPMSolverPP2M as DPMSolverPP2M
+    from sdjax.diffusion.samplers import Euler as Euler
+    from sdjax.diffusion.samplers import EulerAncestral as EulerAncestral
+    from sdjax.diffusion.samplers import Heun as Heun
+    from sdjax.diffusion.sampling import sample as sample
+    from sdjax.diffusion.schedules import Schedule as Schedule
+    from sdjax.diffusion.spacings import exponential as exponential
+    from sdjax.diffusion.spacings import karras as karras
+    from sdjax.diffusion.spacings import leading as leading
+    from sdjax.diffusion.spacings import linspace as linspace
+    from sdjax.diffusion.spacings import trailing as trailing
+    from sdjax.errors import InputError as InputError
+    from sdjax.model import Model as Model
+    from sdjax.model import decode as decode
+    from sdjax.model import denoiser as denoiser
+    from sdjax.model import encode_text as encode_text
+    from sdjax.parallel import replicate as replicate
+    from sdjax.tasks.text_to_image import text_to_image as text_to_image
+    from sdjax.types import pytree as pytree
+    from sdjax.types import static as static
+
+# Names are imported when first used (PEP 562): the command line refuses bad input before jax loads.
+_HOME = {
+    "checkpoints": "inspect load save",
+    "diffusion.guidance": "cfg",
+    "diffusion.noise": "Tape White key keys",
+    "diffusion.samplers": "DDIM DDPM DPMSolverPP2M Euler EulerAncestral Heun",
+    "diffusion.sampling": "sample",
+    "diffusion.schedules": "Schedule",
+    "diffusion.spacings": "exponential karras leading linspace trailing",
+    "errors": "InputError",
+    "model": "Model decode denoiser encode_text",
+    "parallel": "replicate",
+    "tasks.text_to_image": "text_to_image",
+    "types": "pytree static",
+}
+_NAMES = {name: home for home, names in _HOME.items() for name in names.split()}
+_MODULES = {home.split(".")[0] for home in _HOME} | {"images", "models", "text"}
+
+__all__ = [*sorted(_NAMES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        value = getattr(importlib.import_module(f"sdjax.{_NAMES[name]}"), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"sdjax.{name}")
+    else:
+        raise AttributeError(f"module 'sdjax' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *sorted(_MODULES), "__version__"]

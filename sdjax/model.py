@@ -177,8 +177,8 @@ def decode(model: Model, params: Params, latents: Latents) -> Float[Array, "b H 
     vae = params["vae"]
     z = latents / model.vae.scaling_factor + (model.vae.shift_factor or 0.0)
     z = z.astype(compute_dtype(vae))
-    pixels = model.vae.apply({"params": vae}, z, method="decode").astype(jnp.float32)
-    return jnp.clip(pixels / 2 + 0.5, 0, 1)
+    pixels: Any = model.vae.apply({"params": vae}, z, method="decode")
+    return jnp.clip(pixels.astype(jnp.float32) / 2 + 0.5, 0, 1)
 
 
 def compute_dtype(params: Params) -> Any:

@@ -19,6 +19,10 @@ HEAVY = {
 }
 
 
+# Names are imported when first used: use them all.
+SDJAX = "import sdjax; [getattr(sdjax, name) for name in sdjax.__all__]"
+
+
 def modules_after(statement: str) -> set[str]:
     """Every module that a fresh Python holds after one statement."""
     program = f"import sys, json; {statement}; print(json.dumps(list(sys.modules)))"
@@ -30,15 +34,19 @@ def modules_after(statement: str) -> set[str]:
 
 def test_importing_sdjax_imports_little_more_than_jax_and_flax():
     base = modules_after("import jax, flax")
-    ours = modules_after("import sdjax")
+    ours = modules_after(SDJAX)
     assert len(ours) < 2 * len(base), f"{len(ours)} modules against {len(base)}"
 
 
 def test_importing_sdjax_adds_no_heavy_library():
     # What flax itself drags in is flax's affair.
-    added = modules_after("import jax, flax, sdjax") - modules_after("import jax, flax")
+    added = modules_after(f"import jax, flax; {SDJAX}") - modules_after("import jax, flax")
     assert not {name.split(".")[0] for name in added} & HEAVY
 
 
 def test_importing_sdjax_imports_no_torch():
-    assert not modules_after("import sdjax") & {"torch", "transformers", "tokenizers", "PIL"}
+    assert not modules_after(SDJAX) & {"torch", "transformers", "tokenizers", "PIL"}
+
+
+def test_the_package_itself_waits_with_jax_until_a_name_is_used():
+    assert "jax" not in modules_after("import sdjax, sdjax.cli")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sdjax.diffusion import guidance, noise, profiles, sampling
+from sdjax.diffusion.plan import batch
 from sdjax.diffusion.samplers import DDIM, DPMSolverPP2M, EulerAncestral
 from sdjax.diffusion.schedules import Schedule, planned_timestep, to_x0
 from sdjax.errors import InputError
@@ -173,7 +174,7 @@ def test_trajectories_end_where_diffusers_ends(cls):
     for schedule, runs in _cases(cls):
         x = rng.standard_normal((len(runs), *SHAPE), np.float32)
         draws = rng.standard_normal((21, len(runs), *SHAPE), np.float32)
-        plan = leaves32(profiles.batch([plan for *_, plan in runs])._replace(note=None))
+        plan = leaves32(batch([plan for *_, plan in runs])._replace(note=None))
         fields = (plan.sampler, plan.sigmas, plan.timesteps, plan.clip)
         ours = _run(schedule, *fields, x * plan.init_scale, draws) * plan.final_scale
         for i, (name, steps, _) in enumerate(runs):
@@ -301,4 +302,4 @@ def test_stable_diffusion_starts_at_its_three_scales():
 def test_a_batch_refuses_unlike_samplers():
     plans = [profiles.diffusers(_config(name), 5) for name in ("ddim", "euler")]
     with pytest.raises(InputError, match="one kind"):
-        profiles.batch(plans)
+        batch(plans)

@@ -1,14 +1,12 @@
-"""How other programs discretise: sampler, sigmas and timesteps from a scheduler's config or by
-name.
-"""
+"""How other programs discretise: a `Plan` from a scheduler's config, or by name."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
-import jax
 import numpy as np
 
 from sdjax.diffusion import spacings
+from sdjax.diffusion.plan import Plan
 from sdjax.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, EulerAncestral, Heun
 from sdjax.diffusion.schedules import Schedule, alphas_cumprod, read, spread
 from sdjax.errors import InputError
@@ -25,20 +23,6 @@ SAMPLERS = {
 """Names for a command line; in code, pass the class's instance."""
 
 SPACINGS = spacings.NAMES
-
-
-class Plan(NamedTuple):
-    """A run of n steps: start from unit noise * init_scale, end with x * final_scale."""
-
-    sampler: Sampler
-    sigmas: np.ndarray  # [n+1] float64, or [n+1, b, 1, 1, 1] after `batch`
-    timesteps: (
-        np.ndarray
-    )  # [n] float64: where the network is evaluated, see `schedules.planned_timestep`
-    init_scale: float | np.ndarray = 1.0
-    final_scale: float | np.ndarray = 1.0
-    note: str | None = None  # what differs from the program that the config was written for
-    clip: float | None = None  # estimates are kept within -clip .. clip: `guidance.clip`
 
 
 # The profile that a class follows, and the sampler that stands in where its own is not written.
@@ -115,40 +99,6 @@ def k_diffusion(
     t = _timesteps(spacing, steps, schedule.timesteps, 1 if steps < schedule.timesteps else 0)
     sigmas = np.append(schedule.sigma(t), 0.0)
     return Plan(chosen, sigmas, t, _unit(sigmas[0]) if spacing == "leading" else float(sigmas[0]))
-
-
-def batch(plans: Sequence[Plan]) -> Plan:
-    """One plan an image, as one plan: sigmas [n+1, b, 1, 1, 1], timesteps [n, b, 1, 1, 1], scales
-    [b, 1, 1, 1].
-
-    Shorter plans are padded, so that images with unequal step counts share a program. The plans
-    must have one kind of sampler; its numbers may differ.
-    """
-    n = max(len(plan.timesteps) for plan in plans)
-    samplers = [plan.sampler for plan in plans]
-    if any(isinstance(s, DDIM) and s.landings is not None for s in samplers):
-        samplers = [
-            DDIM(s.eta, p.sigmas[1:]) if isinstance(s, DDIM) and s.landings is None else s
-            for s, p in zip(samplers, plans, strict=True)
-        ]
-    if len({jax.tree.structure(s) for s in samplers}) != 1:
-        raise InputError("plans of one batch must have one kind of sampler")
-
-    def join(*leaves: Any) -> Any:
-        if np.ndim(leaves[0]) == 1:
-            return spacings.pad([np.asarray(leaf) for leaf in leaves], n)
-        return np.reshape(leaves, (-1, 1, 1, 1)) if len(set(leaves)) > 1 else leaves[0]
-
-    notes = dict.fromkeys(plan.note for plan in plans if plan.note)
-    return Plan(
-        sampler=jax.tree.map(join, *samplers),
-        sigmas=spacings.pad([plan.sigmas for plan in plans], n + 1),
-        timesteps=spacings.pad([plan.timesteps for plan in plans], n),
-        init_scale=np.reshape([plan.init_scale for plan in plans], (-1, 1, 1, 1)),
-        final_scale=np.reshape([plan.final_scale for plan in plans], (-1, 1, 1, 1)),
-        note="; ".join(notes) or None,
-        clip=plans[0].clip,
-    )
 
 
 def _ddim(

@@ -3,6 +3,7 @@
 import dataclasses
 
 from sdjax.diffusion import profiles
+from sdjax.diffusion.plan import Plan
 from sdjax.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, EulerAncestral, Heun
 from sdjax.errors import InputError
 from sdjax.model import Model
@@ -20,7 +21,7 @@ _PROFILES: dict[type, str] = {
 
 def choose(
     model: Model, steps: int, sampler: str | Sampler | None = None, spacing: str | None = None
-) -> profiles.Plan:
+) -> Plan:
     """The plan for one image.
 
     Nothing given: what the model's scheduler_config.json says. A sampler alone: the noise levels
@@ -34,13 +35,15 @@ def choose(
             known = ", ".join(profiles.SAMPLERS)
             raise InputError(f"sampler must be one of {known}, got {sampler!r}")
         sampler = profiles.SAMPLERS[sampler]()
+    if sampler is None:
+        sampler = profiles.diffusers(model.scheduler.dict(), steps).sampler
     if spacing is not None:
-        own = sampler or profiles.diffusers(model.scheduler.dict(), steps).sampler
-        return profiles.k_diffusion(model.schedule, own, spacing, steps)
+        return profiles.k_diffusion(model.schedule, sampler, spacing, steps)
     profile = _PROFILES.get(type(sampler), "EulerDiscreteScheduler")
     # Some classes clip pixels unless told otherwise; a latent model that does not say so means no.
     config = {"clip_sample": False} | model.scheduler.dict() | {"_class_name": profile}
     plan = profiles.diffusers(config, steps)
-    if isinstance(sampler, DDIM):  # where its steps land belongs to the spacing
+    if isinstance(sampler, DDIM) and isinstance(plan.sampler, DDIM):
+        # Where its steps land belongs to the spacing.
         sampler = dataclasses.replace(sampler, landings=plan.sampler.landings)
     return plan._replace(sampler=sampler)

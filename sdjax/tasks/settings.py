@@ -173,10 +173,10 @@ def tokens(model: Model, settings: Settings, guided: bool) -> dict[str, np.ndarr
 
 def _sizes(model: Model, settings: Settings, negative: bool) -> np.ndarray:
     size = (settings.height, settings.width)
-    pooled = model.text_encoder_2.text.projection_dim
-    count = (
-        model.unet.projection_class_embeddings_input_dim - pooled
-    ) // model.unet.addition_time_embed_dim
+    unet: Any = model.unet  # these fields are set wherever there are sizes to tell
+    text: Any = model.text_encoder_2
+    pooled = text.text.projection_dim
+    count = (unet.projection_class_embeddings_input_dim - pooled) // unet.addition_time_embed_dim
     score = 2.5 if negative else 6.0  # the scores that diffusers' refiner takes by default
     row = (*size, 0, 0, *size) if count == 6 else (*size, 0, 0, score)
     return np.tile(np.asarray(row, np.float32), (len(settings.prompts), 1))

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax import parallel
-from sdjax.diffusion import guidance, profiles, sampling
+from sdjax.diffusion import guidance, sampling
 from sdjax.diffusion.noise import White, keys, start
+from sdjax.diffusion.plan import batch
 from sdjax.errors import InputError
 from sdjax.model import Model, Params, compute_dtype, decode, denoiser, encode_text, project
 from sdjax.tasks import settings
@@ -72,7 +73,7 @@ def text_to_image(
         raise InputError(f'output must be "images" or "latents", got {output!r}')
     size, longest = len(asked.prompts), max(asked.steps)
     plans = {n: choose(model, n, sampler, spacing) for n in set(asked.steps)}
-    chosen = profiles.batch([plans[n] for n in asked.steps])
+    chosen = batch([plans[n] for n in asked.steps])
     if chosen.note:
         warnings.warn(chosen.note, stacklevel=2)
     guided = any(scale != 1 for scale in asked.guidance_scales)
@@ -87,9 +88,9 @@ def text_to_image(
         "scale": np.float32(chosen.init_scale),
     }
     every = {
-        "sigmas": np.float32(chosen.sigmas).swapaxes(0, 1),
-        "timesteps": np.float32(chosen.timesteps).swapaxes(0, 1),
-        "guidance_scale": np.float32(asked.guidance_scales).reshape(-1, 1, 1, 1),
+        "sigmas": np.asarray(chosen.sigmas, np.float32).swapaxes(0, 1),
+        "timesteps": np.asarray(chosen.timesteps, np.float32).swapaxes(0, 1),
+        "guidance_scale": np.asarray(asked.guidance_scales, np.float32).reshape(-1, 1, 1, 1),
         "keys": _words(asked.seeds),
         "sampler": solver.each,
         "noise": draws.each,
@@ -154,7 +155,7 @@ def _advance_one(
     context, concat = conditions["context"], conditions["concat"]
     tables = (sigmas, timesteps)
     if guided:
-        tables = tuple(jnp.concatenate([table, table], axis=1) for table in tables)
+        tables = (jnp.tile(sigmas, (1, 2, 1, 1, 1)), jnp.tile(timesteps, (1, 2, 1, 1, 1)))
         concat = None if concat is None else jnp.concatenate([concat, concat])
     denoise = denoiser(
         model,

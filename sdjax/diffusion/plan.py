@@ -1,0 +1,60 @@
+"""`Plan`: one way to spend n evaluations, for one image or one an image."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from sdjax.diffusion import spacings
+from sdjax.diffusion.samplers import DDIM
+from sdjax.errors import InputError
+from sdjax.types import Sampler
+
+
+class Plan(NamedTuple):
+    """A run of n steps: start from unit noise * init_scale, end with x * final_scale."""
+
+    sampler: Sampler
+    sigmas: np.ndarray  # [n+1] float64, or [n+1, b, 1, 1, 1] after `batch`
+    timesteps: (
+        np.ndarray
+    )  # [n] float64: where the network is evaluated, see `schedules.planned_timestep`
+    init_scale: float | np.ndarray = 1.0
+    final_scale: float | np.ndarray = 1.0
+    note: str | None = None  # what differs from the program that the config was written for
+    clip: float | None = None  # estimates are kept within -clip .. clip: `guidance.clip`
+
+
+def batch(plans: Sequence[Plan]) -> Plan:
+    """One plan an image, as one plan: sigmas [n+1, b, 1, 1, 1], timesteps [n, b, 1, 1, 1], scales
+    [b, 1, 1, 1].
+
+    Shorter plans are padded, so that images with unequal step counts share a program. The plans
+    must have one kind of sampler; its numbers may differ.
+    """
+    n = max(len(plan.timesteps) for plan in plans)
+    samplers = [plan.sampler for plan in plans]
+    if any(isinstance(s, DDIM) and s.landings is not None for s in samplers):
+        samplers = [
+            DDIM(s.eta, p.sigmas[1:]) if isinstance(s, DDIM) and s.landings is None else s
+            for s, p in zip(samplers, plans, strict=True)
+        ]
+    if len({jax.tree.structure(s) for s in samplers}) != 1:
+        raise InputError("plans of one batch must have one kind of sampler")
+
+    def join(*leaves: Any) -> Any:
+        if np.ndim(leaves[0]) == 1:
+            return spacings.pad([np.asarray(leaf) for leaf in leaves], n)
+        return np.reshape(leaves, (-1, 1, 1, 1)) if len(set(leaves)) > 1 else leaves[0]
+
+    notes = dict.fromkeys(plan.note for plan in plans if plan.note)
+    return Plan(
+        sampler=jax.tree.map(join, *samplers),
+        sigmas=spacings.pad([plan.sigmas for plan in plans], n + 1),
+        timesteps=spacings.pad([plan.timesteps for plan in plans], n),
+        init_scale=np.reshape([plan.init_scale for plan in plans], (-1, 1, 1, 1)),
+        final_scale=np.reshape([plan.final_scale for plan in plans], (-1, 1, 1, 1)),
+        note="; ".join(notes) or None,
+        clip=plans[0].clip,
+    )
