@@ -152,7 +152,7 @@ def test_progress_counts_every_byte(saved):
 PEAK = """
 import gc, json, sys
 import jax
-from sdjax.checkpoints.load import load, open_checkpoint
+from sdjax.checkpoints.loading import load, open_checkpoint
 
 def status(key):
     line = next(line for line in open("/proc/self/status") if line.startswith(key))

@@ -140,7 +140,7 @@ class Map:
 
     def release(self, start: int, stop: int) -> None:
         """Drop the resident pages between two bytes; reading them again is correct, only slower."""
-        if hasattr(mmap, "MADV_DONTNEED") and stop > start:
+        if isinstance(self._map, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED") and stop > start:
             start -= start % mmap.PAGESIZE
             self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
 

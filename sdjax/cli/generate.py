@@ -14,7 +14,7 @@ from sdjax.cli.show import Interrupted, Progress, note, printable, say
 from sdjax.errors import InputError
 
 if TYPE_CHECKING:
-    from sdjax.checkpoints.load import Source
+    from sdjax.checkpoints.loading import Source
     from sdjax.model import Model
 
 _PAGE = 48  # images on one contact sheet
@@ -31,7 +31,7 @@ def run(asked: argparse.Namespace) -> None:
     """Check, load, and save every image as soon as its batch is made."""
     wanted = request.read(asked)
     from sdjax.checkpoints import digest
-    from sdjax.checkpoints.load import assemble, open_checkpoint, read
+    from sdjax.checkpoints.loading import assemble, open_checkpoint, read
     from sdjax.checkpoints.tensors import floating
 
     source = open_checkpoint(

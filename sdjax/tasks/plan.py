@@ -34,16 +34,18 @@ def choose(
         if sampler not in profiles.SAMPLERS:
             known = ", ".join(profiles.SAMPLERS)
             raise InputError(f"sampler must be one of {known}, got {sampler!r}")
-        sampler = profiles.SAMPLERS[sampler]()
-    if sampler is None:
-        sampler = profiles.diffusers(model.scheduler.dict(), steps).sampler
+        chosen = profiles.SAMPLERS[sampler]()
+    elif sampler is None:
+        chosen = profiles.diffusers(model.scheduler.dict(), steps).sampler
+    else:
+        chosen = sampler
     if spacing is not None:
-        return profiles.k_diffusion(model.schedule, sampler, spacing, steps)
-    profile = _PROFILES.get(type(sampler), "EulerDiscreteScheduler")
+        return profiles.k_diffusion(model.schedule, chosen, spacing, steps)
+    profile = _PROFILES.get(type(chosen), "EulerDiscreteScheduler")
     # Some classes clip pixels unless told otherwise; a latent model that does not say so means no.
     config = {"clip_sample": False} | model.scheduler.dict() | {"_class_name": profile}
     plan = profiles.diffusers(config, steps)
-    if isinstance(sampler, DDIM) and isinstance(plan.sampler, DDIM):
+    if isinstance(chosen, DDIM) and isinstance(plan.sampler, DDIM):
         # Where its steps land belongs to the spacing.
-        sampler = dataclasses.replace(sampler, landings=plan.sampler.landings)
-    return plan._replace(sampler=sampler)
+        chosen = dataclasses.replace(chosen, landings=plan.sampler.landings)
+    return plan._replace(sampler=chosen)

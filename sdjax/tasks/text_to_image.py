@@ -100,8 +100,8 @@ def text_to_image(
     report = _reporter(progress)
 
     report("compile", 0, 1)
-    static = (model, guided, clip_skip, settings.latent_shape(model, asked.height, asked.width))
-    x, conditions = _prepare(static, params, first)
+    shape = settings.latent_shape(model, asked.height, asked.width)
+    x, conditions = _prepare((model, guided, clip_skip, shape), params, first)
     count = 1 if progress else longest
     carry = _begin(solver.outline, solver.shared, x, every["sampler"])
     static = (model, guided, count, chosen.clip, solver.outline, draws.outline)

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdjax.checkpoints.load import Network, open_checkpoint
+from sdjax.checkpoints.loading import Network, open_checkpoint
 from sdjax.diffusion.schedules import Schedule
 
 
