@@ -105,13 +105,12 @@ def _heads(x: Float[Array, "b s h d"]) -> Float[Array, "bh s d"]:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _by_platform(q: Array, k: Array, v: Array, causal: bool, scale: float) -> Array:
-    one = {"causal": causal, "scale": scale}
     return lax.platform_dependent(
         q,
         k,
         v,
-        cpu=functools.partial(blocked, **one),
-        default=functools.partial(plain, **one),
+        cpu=functools.partial(blocked, causal=causal, scale=scale),
+        default=functools.partial(plain, causal=causal, scale=scale),
     )
 
 
