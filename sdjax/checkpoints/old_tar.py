@@ -12,9 +12,9 @@ from typing import Any
 
 from sdjax.checkpoints import unpickle
 from sdjax.checkpoints.files import AGAIN
+from sdjax.checkpoints.pickle_globals import Inert, Storage, StorageType, View, view
 from sdjax.checkpoints.storages import stored, window
 from sdjax.checkpoints.tensors import Map
-from sdjax.checkpoints.unpickle import Inert, Storage, StorageType, View
 from sdjax.errors import InputError
 
 ENTRY = 2**16
@@ -106,9 +106,7 @@ def tar_view(source: io.BytesIO, storage: Storage, key: str, path: Path) -> View
             raise ValueError(f"{rank} axes")
         source.read(4)
         numbers = struct.unpack(f"<{2 * rank + 1}q", source.read(16 * rank + 8))
-        return unpickle.view(
-            storage, storage.dtype, numbers[-1], numbers[:rank], numbers[rank : 2 * rank]
-        )
+        return view(storage, storage.dtype, numbers[-1], numbers[:rank], numbers[rank : 2 * rank])
     except (ValueError, struct.error) as error:
         raise InputError(f"{path}: tensor {key[:80]!r} is damaged ({error}): {AGAIN}") from None
 

@@ -19,9 +19,9 @@ import numpy as np
 
 from sdjax.checkpoints import old_tar, unpickle
 from sdjax.checkpoints.files import AGAIN, refuse_impostor
+from sdjax.checkpoints.pickle_globals import Inert, Storage, View
 from sdjax.checkpoints.storages import Store, bound, stored
 from sdjax.checkpoints.tensors import Map, Tensor, Tensors
-from sdjax.checkpoints.unpickle import Inert, Storage, View
 from sdjax.errors import InputError
 
 MAGIC = 0x1950A86A20F9469CFC6C

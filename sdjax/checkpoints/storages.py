@@ -4,8 +4,8 @@ import struct
 from typing import Any
 
 from sdjax.checkpoints.files import AGAIN
+from sdjax.checkpoints.pickle_globals import Inert, Storage, StorageType
 from sdjax.checkpoints.tensors import Map
-from sdjax.checkpoints.unpickle import Inert, Storage, StorageType
 from sdjax.errors import InputError
 
 
