@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from sdjax.diffusion.schedules import Schedule, planned_timestep, to_x0
 from sdjax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from sdjax.models.unet import UNet
 from sdjax.models.vae import AutoencoderKL
 from sdjax.text import Tokenizer
-from sdjax.types import Denoiser, Latents, Sigma, pytree, static
+from sdjax.types import Array, Denoiser, Latents, Sigma, pytree, static
 
 TextEncoder = CLIPTextModel | CLIPTextModelWithProjection
 Params = Any

@@ -20,7 +20,8 @@ import sdjax
 folder, out = sys.argv[1:]
 model, params = sdjax.load(folder)
 params = sdjax.replicate(params)
-asked = dict(seeds=range(5), steps=[2, 3, 2, 3, 3], sampler=sdjax.EulerAncestral(), height=64, width=64)
+size = dict(height=64, width=64)
+asked = dict(seeds=range(5), steps=[2, 3, 2, 3, 3], sampler=sdjax.EulerAncestral(), **size)
 images = sdjax.text_to_image(model, params, list("abcde"), **asked)
 # No network in it: pure noise, from the start through every draw.
 noise = jax.pmap(lambda k: sdjax.White(jax.random.wrap_key_data(k), (8, 8, 4))(1, 1.0, 0.5))

@@ -5,6 +5,7 @@ import pytest
 from peers import FEW_LAYERS, nchw, nhwc, relative_error, save_tiny_pipeline
 
 import sdjax
+from sdjax.diffusion import profiles
 from sdjax.tasks import settings
 
 PROMPTS = ["a red house by the sea at night", "two boats"]
@@ -145,9 +146,10 @@ def test_the_refiner_starts_from_noise_like_diffusers_at_strength_one(tiny):
         theirs = pipeline(
             PROMPTS[0],
             negative_prompt="blurry",
-            # An image of four channels counts as latents, and to the refiner they are noisy already.
+            # Four channels are latents, and with a denoising_start they are noisy already.
             image=start,
             denoising_start=0.0,
+            strength=1.0,
             num_inference_steps=STEPS,
             guidance_scale=7.5,
             original_size=(64, 64),
@@ -165,7 +167,7 @@ def test_the_upscaler_composes_from_denoiser_and_sample(tiny):
     start, small = unit_noise((1, 16, 16, 4)), np.tanh(unit_noise((1, 16, 16, 3), 1))
     level, draw = 20, unit_noise((1, 16, 16, 3), 2)
 
-    plan = sdjax.diffusion.profiles.diffusers(model.scheduler.dict(), STEPS)
+    plan = profiles.diffusers(model.scheduler.dict(), STEPS)
     bar = sdjax.Schedule(beta_start=0.0001, beta_end=0.02).alphas_cumprod[level]
     noisy = np.float32(np.sqrt(bar) * small + np.sqrt(1 - bar) * draw)
     ids = np.concatenate([model.tokenizer([p]).ids for p in ("blurry", PROMPTS[0])])

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from sdjax.errors import InputError
 from sdjax.models.attention import attention
 from sdjax.models.fields import MAX_LAYERS, MAX_PARAMETERS, MAX_VOCABULARY, Fields
 from sdjax.models.layers import Dense, Embed, LayerNorm
+from sdjax.types import Array
 
 
 class TextStates(NamedTuple):
@@ -104,6 +105,7 @@ class CLIPTextModel(nn.Module):
         count = self.text.num_hidden_layers
         if not -count - 1 <= layer <= count:
             raise InputError(f"layer must be from {-count - 1} to {count}, got {layer}")
+        ids = jnp.asarray(ids)
         x = Embeddings(self.text, name="embeddings")(ids)
         hidden = Encoder(self.text, name="encoder")(x)
         norm = LayerNorm(self.text.layer_norm_eps, name="final_layer_norm")

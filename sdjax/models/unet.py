@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from sdjax.errors import InputError
 from sdjax.models import unet_config
@@ -14,6 +14,7 @@ from sdjax.models.layers import Conv, Embed, GroupNorm
 from sdjax.models.unet_blocks import Block, DownBlock, MidBlock, UpBlock
 from sdjax.models.unet_time import TimestepEmbedding, sinusoids
 from sdjax.models.unet_transformer import Projected
+from sdjax.types import Array
 
 Context = Float[Array, "b t d"] | Projected
 """Text states, or the tree that `project_context` made of them."""
@@ -98,7 +99,7 @@ class UNet(nn.Module):
 
         They do not depend on the time: compute them once, outside the loop over steps.
         """
-        tree = {}
+        tree, context = {}, jnp.asarray(context)
         for i, down in enumerate(self.down_blocks):
             tree[f"down_blocks_{i}"] = down.project_context(context)
         if self.mid_block is not None:
@@ -125,6 +126,7 @@ class UNet(nn.Module):
         the x4 upscaler wants `class_labels`, the noise level; LCM may take `timestep_cond`.
         Everything is computed in x's dtype, but for norms, softmax and the time embedding: float32.
         """
+        x = jnp.asarray(x)
         if not isinstance(context, Mapping):
             context = self.project_context(context.astype(x.dtype))
         temb = self._time(x, timestep, timestep_cond)
@@ -168,7 +170,7 @@ class UNet(nn.Module):
         if self.num_class_embeds is not None:
             if class_labels is None:
                 raise InputError("this UNet needs class_labels, the noise level of each image")
-            total = total + self.class_embedding(class_labels).astype(jnp.float32)
+            total = total + self.class_embedding(jnp.asarray(class_labels)).astype(jnp.float32)
         if self.addition_embed_type is not None:
             if added_text is None or added_time_ids is None:
                 raise InputError("this UNet needs added_text (pooled) and added_time_ids (sizes)")

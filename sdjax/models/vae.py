@@ -5,11 +5,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from sdjax.models.fields import MAX_LAYERS, MAX_PARAMETERS, Fields
 from sdjax.models.layers import Conv
 from sdjax.models.vae_blocks import Decoder, Encoder
+from sdjax.types import Array
 
 CLASS = "AutoencoderKL"
 MAX_PARTS = 256
@@ -71,7 +72,7 @@ class AutoencoderKL(nn.Module):
         self, pixels: Float[Array, "b H W c"]
     ) -> tuple[Float[Array, "b h w z"], Float[Array, "b h w z"]]:
         """Return mean and log-variance of the latents, the latter clipped to -30..20."""
-        moments = self.encoder(pixels)
+        moments = self.encoder(jnp.asarray(pixels))
         if self.use_quant_conv:
             moments = self.quant_conv(moments)
         mean, logvar = jnp.split(moments, 2, axis=-1)
@@ -79,6 +80,7 @@ class AutoencoderKL(nn.Module):
 
     def decode(self, z: Float[Array, "b h w z"]) -> Float[Array, "b H W c"]:
         """Return pixels, in -1..1 but not clipped to it."""
+        z = jnp.asarray(z)
         return self.decoder(self.post_quant_conv(z) if self.use_post_quant_conv else z)
 
     def __call__(self, pixels: Float[Array, "b H W c"]) -> Float[Array, "b H2 W2 c2"]:
