@@ -14,13 +14,11 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from sdjax.checkpoints import shapes
 from sdjax.checkpoints.tensors import FLOATS, Tensor
 from sdjax.errors import InputError
-from sdjax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
-from sdjax.models.vae import AutoencoderKL
 
 NUMBERED = frozenset({"linear_1", "linear_2"})
 """Names that end in a number by themselves: the two layers of a time embedding."""
@@ -82,11 +80,8 @@ class Leaf(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def leaves(module: nn.Module) -> dict[str, Leaf]:
     """Every parameter of a module by its torch key, from its shapes alone."""
-    tree = jax.eval_shape(functools.partial(_init, module), jax.random.key(0))
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     found = {}
-    for keys, leaf in flat:
-        path = tuple(k.key for k in keys)
+    for path, leaf in flatten(shapes.params(module)):
         found[torch_key(path)] = Leaf(path, to_torch_shape(path[-1], leaf.shape))
     return found
 
@@ -94,33 +89,6 @@ def leaves(module: nn.Module) -> dict[str, Leaf]:
 def expected(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """The torch keys and torch shapes that a module's checkpoint must have; allocates nothing."""
     return {key: leaf.shape for key, leaf in leaves(module).items()}
-
-
-def _init(module: Any, key: jax.Array) -> Any:
-    """A module's parameters from the smallest inputs that reach all of them."""
-    if isinstance(module, CLIPTextModel | CLIPTextModelWithProjection):
-        return module.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
-    side = 2 ** (len(module.block_out_channels) - 1)
-    x = jnp.zeros((1, side, side, module.in_channels))
-    if isinstance(module, AutoencoderKL):
-        return module.init(key, x, method=_autoencode)["params"]
-    context = jnp.zeros((1, 1, module.cross_attention_dim))
-    more: dict[str, Any] = {}
-    if module.addition_embed_type == "text_time":
-        # Only the sum of the text's and the sizes' widths shows in a shape.
-        ids = 5
-        width = module.projection_class_embeddings_input_dim - ids * module.addition_time_embed_dim
-        more["added_text"] = jnp.zeros((1, width))
-        more["added_time_ids"] = jnp.zeros((1, ids))
-    if module.num_class_embeds is not None:
-        more["class_labels"] = jnp.zeros((1,), jnp.int32)
-    return module.init(key, x, jnp.zeros((1,), jnp.int32), context, **more)["params"]
-
-
-def _autoencode(vae: Any, x: jax.Array) -> Any:
-    """Both halves of an autoencoder."""
-    mean, _ = vae.encode(x)
-    return vae.decode(mean)
 
 
 def respell(tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
