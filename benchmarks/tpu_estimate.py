@@ -75,6 +75,19 @@ def parse(hlo: str):
     return computations, entry
 
 
+def trips(condition: list) -> int | None:
+    """Return how often a loop runs that counts from 0 up to a constant."""
+    constants = {
+        name: int(found[1])
+        for name, opcode, line in condition
+        if opcode == "constant" and (found := re.search(r"constant\((\d+)\)", line))
+    }
+    for _, opcode, line in condition:
+        if opcode == "compare" and "direction=LT" in line and len(constants) == 1:
+            return next(iter(constants.values()))
+    return None
+
+
 def cycles(hlo: str):
     """Return (cycles, times, opcode, name, line) of the kernels that run, and those without."""
     computations, entry = parse(hlo)
@@ -85,16 +98,18 @@ def cycles(hlo: str):
             found = re.search(r'"estimated_cycles":"?(\d+)', line)
             called = dict(_CALLED.findall(line))
             if opcode == "while":
-                trips = re.search(r'known_trip_count"?:\{"n":"(\d+)"', line)
-                if not trips:
+                count = trips(computations[called["condition"]])
+                if count is None:
                     unknown.append((times, opcode, instruction, line))
-                walk(called["body"], times * int(trips[1] if trips else 1))
+                walk(called["body"], times * (count or 1))
             elif opcode in ("call", "async-start") and not found:
                 for kind in ("to_apply", "calls"):
                     if kind in called:
                         walk(called[kind], times)
             elif found:
                 rows.append((int(found[1]), times, opcode, instruction, line))
+            elif opcode == "custom-call" and re.search("AllocateBuffer|ConcatBitcast", line):
+                continue
             elif opcode in ("fusion", "custom-call", "convolution", "dot", "conditional"):
                 unknown.append((times, opcode, instruction, line))
 
@@ -115,25 +130,21 @@ def report(hlo: str, flops: float, top: int) -> float:
     kinds = collections.Counter()
     for c, n, opcode, _, line in rows:
         path = source(line)
-        kind = next(
-            (k for k in ("attn1", "attn2", "/ff/", "norm", "conv", "proj") if k in path), "other"
-        )
+        kind = next((k for k in KINDS if k in path), "other")
         kinds[opcode, kind] += c * n
     for key, c in kinds.most_common(14):
         print(f"  {c / CLOCK * 1e3:8.2f} ms  {key[0]:12} {key[1]}")
     print("dearest kernels:")
     for c, n, _, name, line in sorted(rows, key=lambda r: -r[0] * r[1])[:top]:
         shape = re.search(r"= (\(?\w+\[[\d,]*\](?:\{[^}]*\})?)", line)
-        print(
-            f"  {c * n / CLOCK * 1e3:7.3f} ms x{n:<4} {name[:34]:34} {shape[1][:44] if shape else '':44} {source(line)}"
-        )
+        kind = shape[1][:44] if shape else ""
+        print(f"  {c * n / CLOCK * 1e3:7.3f} ms x{n:<4} {name[:34]:34} {kind:44} {source(line)}")
     print(f"kernels with an estimate: {len(rows)}; without: {len(unknown)}")
     for times, opcode, name, line in unknown[:20]:
         print(f"  no estimate: x{times} {opcode} {name} {source(line)}")
     milliseconds = total / CLOCK * 1e3
-    print(
-        f"estimate {milliseconds:.1f} ms a step; at {PEAK / 1e12:.0f} TFLOP/s {flops / PEAK * 1e3:.1f} ms"
-    )
+    limit = flops / PEAK * 1e3
+    print(f"estimate {milliseconds:.1f} ms a step; {limit:.1f} ms at {PEAK / 1e12:.0f} TFLOP/s")
     return milliseconds
 
 

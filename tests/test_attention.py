@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sdjax.models import attention as module
-from sdjax.models.attention import attention, blocked, plain
+from sdjax.models.attention import attention, blocked, imagewise, plain
 
 
 def arrays(b, s, t, h, d, size=1.0):
@@ -87,11 +87,21 @@ def test_a_batch_of_batches_can_be_mapped():
 
 
 def test_only_the_platform_of_the_program_is_compiled():
-    q, k, v = arrays(1, 600, 521, 1, 8)
+    q, k, v = arrays(2, 600, 521, 1, 8)
     cpu = jax.jit(attention).trace(q, k, v).lower(lowering_platforms=("cpu",)).as_text()
     tpu = jax.jit(attention).trace(q, k, v).lower(lowering_platforms=("tpu",)).as_text()
     assert cpu.count("stablehlo.while") == 2 and "600x521xf32" not in cpu
-    assert tpu.count("stablehlo.while") == 0 and "600x521xf32" in tpu
+    assert tpu.count("stablehlo.while") == 1 and "1x600x521xf32" in tpu
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("most", [2**26, 4 * 2 * 300 * 256])
+@pytest.mark.parametrize("s", [300, 1024])
+def test_the_form_for_tpus_equals_the_others(monkeypatch, s, most, causal):
+    monkeypatch.setattr(module, "_FAST_BYTES", most)
+    q, k, v = arrays(2, s, 300, 2, 8)
+    got = jax.jit(lambda *a: imagewise(*a, causal, 8**-0.5))(q, k, v)
+    np.testing.assert_allclose(got, exact(q, k, v, causal), atol=2e-6)
 
 
 def test_a_short_text_is_computed_plainly():

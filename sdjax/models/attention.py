@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 _BLOCK = 512
 _PIECES = 16
+_FAST_BYTES = 64 * 2**20
 
 
 def attention(
@@ -21,12 +22,14 @@ def attention(
 ) -> Float[Array, "b s h d"]:
     """Return softmax(scale * q kᵀ) v for every head.
 
-    Vaswani et al. 2017 (arXiv 1706.03762), equation 1. `scale` is 1/sqrt(d) where it is None. With
-    `causal`, query i sees keys 0..i. The softmax is float32; the result has q's dtype.
+    Vaswani et al. 2017 (arXiv 1706.03762), equation 1. `scale` is 1/sqrt(d) where it is None, and
+    positive. With `causal`, query i sees keys 0..i. The softmax is float32; the result has q's
+    dtype.
 
     The platform is that for which the program is compiled, not the default one. Scores that fit a
     cache are computed plainly; more of them by cuDNN's flash attention on a GPU (half precision),
-    and by `blocked` on a CPU. Derivatives go through `blocked`, which keeps no scores.
+    by `blocked` on a CPU and by `imagewise` on a TPU. Derivatives go through `blocked`, which
+    keeps no scores.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.shape[1] * k.shape[1] < _BLOCK * _BLOCK:
@@ -69,7 +72,7 @@ def blocked(
     t = k.shape[1]
     blocks = -(-s // _BLOCK)
     piece = max(_BLOCK, -(-t // _PIECES))
-    queries = jnp.pad(_heads(scale * q), ((0, 0), (0, blocks * _BLOCK - s), (0, 0)))
+    queries = jnp.pad(_heads(q), ((0, 0), (0, blocks * _BLOCK - s), (0, 0)))
     queries = queries.reshape(b * h, blocks, _BLOCK, d)
     keys = _heads(k).swapaxes(1, 2)
     values = _heads(v)
@@ -86,17 +89,56 @@ def blocked(
                 row = start + jnp.arange(_BLOCK)[:, None]
                 scores = jnp.where(row >= jnp.arange(left, right), scores, -jnp.inf)
             last, top = top, jnp.maximum(top, lax.stop_gradient(scores.max(-1, keepdims=True)))
-            weights = jnp.exp(scores - top).astype(v.dtype)
-            total = total * jnp.exp(last - top)
+            weights = jnp.exp(scale * (scores - top)).astype(v.dtype)
+            total = total * jnp.exp(scale * (last - top))
             total = total + jnp.dot(weights, value[left:right], preferred_element_type=jnp.float32)
         return (total[:, :d] / total[:, d:]).astype(q.dtype)
 
     def head(queries: Array, key: Array, value: Array) -> Array:
         starts = _BLOCK * jnp.arange(blocks)
-        return lax.map(lambda one: block(*one, key, value), (starts, queries))
+        return lax.map(lambda one: block(one[0], one[1], key, value), (starts, queries))
 
     y = lax.map(lambda one: head(*one), (queries, keys, values))
     return y.reshape(b, h, -1, d)[:, :, :s].swapaxes(1, 2)
+
+
+def imagewise(
+    q: Float[Array, "b s h d"],
+    k: Float[Array, "b t h d"],
+    v: Float[Array, "b t h d"],
+    causal: bool,
+    scale: float,
+) -> Float[Array, "b s h d"]:
+    """One image and so many queries at a time that their scores, [h, n, t], stay in a TPU's VMEM.
+
+    The softmax's sum is a column of ones beside v.
+    """
+    b, s, h, d = q.shape
+    t = k.shape[1]
+    most = max(128, _FAST_BYTES // (4 * h * t) // 128 * 128)
+    rows = s if s <= most else next((n for n in range(most, 0, -128) if s % n == 0), most)
+    blocks = -(-s // rows)
+    queries = jnp.pad(q, ((0, 0), (0, blocks * rows - s), (0, 0), (0, 0)))
+    values = jnp.concatenate([v, jnp.ones((b, t, h, 1), v.dtype)], axis=-1)
+
+    def block(start: Int[Array, ""], query: Array, key: Array, value: Array) -> Array:
+        scores = jnp.einsum("shd,thd->hst", query, key, preferred_element_type=jnp.float32)
+        if causal:
+            row = start + jnp.arange(rows)[:, None]
+            scores = jnp.where(row >= jnp.arange(t), scores, -jnp.inf)
+        weights = jnp.exp(scale * (scores - scores.max(-1, keepdims=True))).astype(v.dtype)
+        total = jnp.einsum("hst,thd->hsd", weights, value, preferred_element_type=jnp.float32)
+        return (total[..., :d] / total[..., d:]).astype(q.dtype).swapaxes(0, 1)
+
+    def image(queries: Array, key: Array, value: Array) -> Array:
+        if blocks == 1:
+            return block(jnp.int32(0), queries, key, value)
+        starts = rows * jnp.arange(blocks)
+        queries = queries.reshape(blocks, rows, h, d)
+        y = lax.map(lambda one: block(one[0], one[1], key, value), (starts, queries))
+        return y.reshape(-1, h, d)
+
+    return lax.map(lambda one: image(*one), (queries, k, values))[:, :s]
 
 
 def _heads(x: Float[Array, "b s h d"]) -> Float[Array, "bh s d"]:
@@ -110,6 +152,7 @@ def _by_platform(q: Array, k: Array, v: Array, causal: bool, scale: float) -> Ar
         k,
         v,
         cpu=functools.partial(blocked, causal=causal, scale=scale),
+        tpu=functools.partial(imagewise, causal=causal, scale=scale),
         default=functools.partial(plain, causal=causal, scale=scale),
     )
 
