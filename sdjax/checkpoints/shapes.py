@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from sdjax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from sdjax.models.unet import UNet
 from sdjax.models.vae import AutoencoderKL
 
 REPEATED = ("__call__", "project_context", "project")
@@ -30,7 +31,9 @@ def init(module: Any, key: jax.Array) -> Any:
     """A module's parameters from the smallest inputs that reach all of them."""
     if isinstance(module, CLIPTextModel | CLIPTextModelWithProjection):
         return module.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
-    side = 2 ** (len(module.block_out_channels) - 1)
+    # A pixel that stays one on the way down leaves fewer kinds of blocks to trace.
+    padded = isinstance(module, UNet) and module.downsample_padding > 0
+    side = 1 if padded else 2 ** (len(module.block_out_channels) - 1)
     x = jnp.zeros((1, side, side, module.in_channels))
     if isinstance(module, AutoencoderKL):
         return module.init(key, x, method=_autoencode)["params"]
