@@ -3,14 +3,16 @@
 import jax
 import ml_dtypes
 import numpy as np
+import peers
 import pytest
 import tiny
 
 from sdjax import config
-from sdjax.checkpoints import naming, safetensors
+from sdjax.checkpoints import naming, safetensors, shapes
 from sdjax.checkpoints.safetensors import Entry
 from sdjax.errors import InputError
 from sdjax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from sdjax.models.unet import UNet
 from sdjax.models.vae import AutoencoderKL
 
 NAMES = {
@@ -48,6 +50,24 @@ def test_axes_come_back(shape):
         assert torch.shape == naming.to_torch_shape("kernel", shape)
         assert torch.shape[:2] == (5, 3)
         np.testing.assert_array_equal(naming.to_flax_axes("kernel", torch), array)
+
+
+MODULES = {
+    "sd1": (UNet, peers.SD1),
+    "sdxl": (UNet, peers.SDXL),
+    "x4": (UNet, peers.UPSCALER),
+    "vae": (AutoencoderKL, tiny.VAE),
+    "clip": (CLIPTextModelWithProjection, peers.CLIP_L | {"projection_dim": 8}),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_shapes_of_repeated_blocks_are_those_that_flax_makes(name):
+    """Tracing each kind of block once finds what initialising every block finds."""
+    kind, config = MODULES[name]
+    module = kind.from_config(config)
+    made = jax.eval_shape(lambda: shapes.init(module, jax.random.key(0)))
+    assert shapes.params(module) == made
 
 
 def vae():
