@@ -14,6 +14,12 @@ from sdjax.checkpoints import inspect, load, safetensors, save
 from sdjax.errors import InputError
 
 
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory, monkeypatch):
+    """Hashes are remembered elsewhere than in the home of whoever runs the tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("saved") / "sd1"
@@ -138,6 +144,8 @@ def test_inspect_says_what_it_is_without_reading_weights(saved, monkeypatch):
         assert file.sha256 == hashlib.sha256(file.path.read_bytes()).hexdigest()
     text = str(report)
     assert f"{report.parameters:,}" in text and report.files[0].sha256 in text
+    monkeypatch.setattr(hashlib, "file_digest", read)
+    assert inspect(path).sha256 == report.sha256  # remembered
 
 
 def test_progress_counts_every_byte(saved):

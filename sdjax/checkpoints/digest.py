@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -27,7 +27,11 @@ def sha256(path: str | Path) -> str:
 
 def of_files(paths: Iterable[str | Path]) -> str:
     """One hash for a model: its file's, or for several the sha256 of theirs in order."""
-    digests = [sha256(path) for path in dict.fromkeys(paths)]
+    return combined([sha256(path) for path in dict.fromkeys(paths)])
+
+
+def combined(digests: Sequence[str]) -> str:
+    """One hash of several: a single one is itself."""
     if len(digests) == 1:
         return digests[0]
     return hashlib.sha256("".join(digests).encode()).hexdigest()

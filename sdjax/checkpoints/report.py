@@ -1,10 +1,10 @@
 """`inspect`: what a checkpoint is, from its headers, and its files' sha256."""
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from sdjax.checkpoints import digest
 from sdjax.checkpoints.loading import Network, open_checkpoint
 from sdjax.diffusion.schedules import Schedule
 
@@ -54,9 +54,7 @@ class Report:
     @property
     def sha256(self) -> str:
         """One hash for all: a single file's own, or that of the files' hashes in order."""
-        if len(self.files) == 1:
-            return self.files[0].sha256
-        return hashlib.sha256("".join(f.sha256 for f in self.files).encode()).hexdigest()
+        return digest.combined([file.sha256 for file in self.files])
 
     def __str__(self) -> str:
         """Several lines, aligned."""
@@ -109,7 +107,7 @@ def inspect(
         family=source.family or "autoencoder",
         prediction=prediction,
         parts=parts,
-        files=tuple(hashed(path) for path in paths),
+        files=tuple(File(path, path.stat().st_size, digest.sha256(path)) for path in paths),
         note=source.note,
     )
 
@@ -124,10 +122,3 @@ def part(name: str, network: Network) -> Part:
         dtypes=tuple(sorted({tensor.dtype.name for tensor in tensors})),
         nbytes=network.nbytes,
     )
-
-
-def hashed(path: Path) -> File:
-    """A file's size and sha256, read in pieces."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    return File(path, path.stat().st_size, digest.hexdigest())
