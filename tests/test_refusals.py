@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -112,7 +113,12 @@ def test_integer_weights(folder, dtype):
 
 def test_nan(folder):
     change(folder / TEXT, lambda a: a.update({LAST: np.where(a[LAST] == a[LAST][-1], np.nan, 1)}))
-    refused(folder, folder / TEXT, LAST, "holds NaN or infinity")
+    before = len(jax.live_arrays())
+    with pytest.raises(InputError) as caught:
+        load(folder)
+    assert len(jax.live_arrays()) == before, "arrays live as long as the error"
+    for word in (str(folder / TEXT), LAST, "holds NaN or infinity"):
+        assert word in str(caught.value)
 
 
 def test_a_value_too_large_for_the_dtype_asked_for(folder):

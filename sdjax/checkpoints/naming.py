@@ -201,14 +201,21 @@ def to_params(
         InputError: as `check`; also a NaN or an infinity, or a value that `dtype` cannot hold.
     """
     params: dict[str, Any] = {}
-    for key, tensor in check(module, tensors, where).items():
-        path = leaves(module)[key].path
-        node = params
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = place(tensor, path[-1], dtype)
-        if done is not None:
-            done(tensor.nbytes)
+    found = check(module, tensors, where)
+    try:
+        for key, tensor in found.items():
+            path = leaves(module)[key].path
+            node = params
+            for name in path[:-1]:
+                node = node.setdefault(name, {})
+            node[path[-1]] = place(tensor, path[-1], dtype)
+            if done is not None:
+                done(tensor.nbytes)
+    except BaseException:
+        # Whoever keeps the error, as notebooks do, keeps this frame: free the device all the same.
+        for leaf in jax.tree.leaves(params):
+            leaf.delete()
+        raise
     return params
 
 
