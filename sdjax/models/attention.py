@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 _BLOCK = 512
 _PIECES = 16
-_FAST_BYTES = 64 * 2**20
+_FAST_BYTES = 32 * 2**20
 
 
 def attention(
