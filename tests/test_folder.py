@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -155,6 +156,7 @@ def test_the_hubs_cache_and_its_links(good, tmp_path):
 
 def test_a_hub_id_fetches_what_is_loaded_and_no_more(monkeypatch, good, tmp_path):
     import huggingface_hub
+    from huggingface_hub.hf_api import RepoSibling
 
     files = [str(p.relative_to(good[0])) for p in good[0].rglob("*") if p.is_file()]
     more = [f"unet/{STEM}.bin", f"unet/{STEM}.fp16.safetensors", "v1-5.ckpt", "README.md"]
@@ -162,8 +164,8 @@ def test_a_hub_id_fetches_what_is_loaded_and_no_more(monkeypatch, good, tmp_path
     asked = {}
 
     class Api:
-        def list_repo_files(self, name):
-            return files + more
+        def model_info(self, name, timeout):
+            return types.SimpleNamespace(siblings=[RepoSibling(file) for file in files + more])
 
     def download(name, allow_patterns):
         asked.update(name=name, patterns=allow_patterns)
@@ -178,6 +180,41 @@ def test_a_hub_id_fetches_what_is_loaded_and_no_more(monkeypatch, good, tmp_path
     assert f"unet/{STEM}.fp16.safetensors" in hub.wanted(files + more, "fp16")
     with pytest.raises(InputError, match="v1-5.ckpt"):
         hub.wanted(["v1-5.ckpt"])
+
+
+@pytest.mark.parametrize("name", [f"{STEM}.fp16-{{}}", f"{STEM}-{{}}.fp16"])
+def test_of_a_hub_ids_shards_one_variant_is_fetched(name):
+    many = ["00001-of-00002", "00002-of-00002"]
+    plain = {f"unet/{STEM}-{number}.safetensors" for number in many}
+    half = {f"unet/{name.format(number)}.safetensors" for number in many}
+    indices = {f"unet/{STEM}.safetensors.index{end}.json" for end in ("", ".fp16")}
+    others = [f"unet/{STEM}-00001-of-00002.bin", f"unet/{STEM}.bin.index.json"]
+    files = ["model_index.json", "unet/config.json", *plain, *half, *indices, *others]
+    for variant, shards in ((None, plain), ("fp16", half)):
+        wanted = hub.wanted(files, variant)
+        assert {file for file in wanted if "-of-" in file} == shards
+        assert len(indices & set(wanted)) == 1 and len(wanted) == 5
+    with pytest.raises(InputError, match="none of its shards"):
+        hub.wanted([file for file in files if "-of-" not in file])
+
+
+def test_where_there_is_no_network_a_hub_id_is_taken_from_the_cache(monkeypatch, good, tmp_path):
+    from huggingface_hub import HfApi, constants
+
+    class Unreachable(Exception):
+        """HTTP libraries have errors of their own, which are no OSErrors."""
+
+    def fail(self, name, timeout):
+        raise Unreachable("no route to the Hub")
+
+    monkeypatch.setattr(HfApi, "model_info", fail)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.chdir(tmp_path)
+    cache(good[0], tmp_path / "hub")
+    assert tiny.equal(weights("org/name"), good[1])
+    with pytest.raises(InputError, match=r"org/other .*\(no route to the Hub\): check the name"):
+        load("org/other")
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sdxl-refiner", "x4-upscaler"])

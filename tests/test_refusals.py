@@ -405,10 +405,10 @@ def test_arguments_that_do_not_fit_the_path(folder):
 def test_a_hub_id_without_a_network(monkeypatch):
     from huggingface_hub import HfApi
 
-    def offline(self, name):
+    def offline(self, name, timeout):
         raise OSError("there is no network")
 
-    monkeypatch.setattr(HfApi, "list_repo_files", offline)
+    monkeypatch.setattr(HfApi, "model_info", offline)
     refused("nobody/no-such-model-here", "nobody/no-such-model-here", "network")
 
 

@@ -207,9 +207,13 @@ def instead(path: Path) -> str:
 
 _STEM = r"(?:diffusion_pytorch_model|model|pytorch_model)"
 _SUFFIX = r"(?:safetensors|bin)"
-_PLAIN = re.compile(rf"{_STEM}(?:\.(?P<variant>[\w-]+))?\.{_SUFFIX}")
-_INDEXED = re.compile(rf"{_STEM}\.{_SUFFIX}\.index(?:\.(?P<variant>[\w-]+))?\.json")
-_SHARD = re.compile(rf"{_STEM}(?:\.[\w-]+)?-\d+-of-\d+(?:\.[\w-]+)?\.{_SUFFIX}")
+_VARIANT = r"(?:\.(?P<variant>[\w-]+))?"
+_PLAIN = re.compile(rf"{_STEM}{_VARIANT}\.{_SUFFIX}")
+_INDEXED = re.compile(rf"(?P<stem>{_STEM})\.(?P<suffix>{_SUFFIX})\.index{_VARIANT}\.json")
+# Releases differ in where they put the variant.
+_SHARD = re.compile(
+    rf"(?P<stem>{_STEM})(?:\.(?P<early>[\w-]+))?-\d+-of-\d+{_VARIANT}\.(?P<suffix>{_SUFFIX})"
+)
 
 
 def candidates(names: Iterable[str]) -> dict[str | None, str]:
@@ -229,6 +233,19 @@ def candidates(names: Iterable[str]) -> dict[str | None, str]:
         return ("safetensors" not in name, name.endswith(".json"), name)
 
     return {variant: min(names, key=rank) for variant, names in found.items()}
+
+
+def shards_of(index: str, names: Iterable[str]) -> list[str]:
+    """The shards that belong to an index, by their names."""
+    wanted = _INDEXED.fullmatch(index)
+    shards = [match for match in map(_SHARD.fullmatch, names) if match is not None]
+    return [
+        shard[0]
+        for shard in shards
+        if wanted is not None
+        and (shard["stem"], shard["suffix"]) == (wanted["stem"], wanted["suffix"])
+        and (shard["early"] or shard["variant"]) == wanted["variant"]
+    ]
 
 
 def variants_in(part: Path) -> dict[str | None, str]:

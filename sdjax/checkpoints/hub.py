@@ -6,6 +6,8 @@ from pathlib import Path, PurePosixPath
 from sdjax.checkpoints import folder
 from sdjax.errors import InputError
 
+_PATIENCE = 10.0  # seconds for the Hub to answer before the cache is taken
+
 
 def is_id(where: str) -> bool:
     """Whether a string could be a model on the Hub: "org/name"."""
@@ -16,27 +18,38 @@ def download(name: str, variant: str | None = None) -> Path:
     """The local folder of a model on the Hub, downloaded unless the cache has it.
 
     Only the configs, tokenizers and the one variant of the weights that is loaded are fetched.
+    Where the Hub cannot be reached, the cache is taken as it is.
 
     Raises:
-        InputError: no such model, or no network.
+        InputError: no such model, or neither a network nor a cached copy.
     """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
+    # Every except is broad: what fails raises errors of whichever HTTP library the Hub's has.
     try:
-        files = HfApi().list_repo_files(name)
-        return Path(snapshot_download(name, allow_patterns=wanted(files, variant)))
-    except (OSError, HFValidationError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+        # `list_repo_files` would try again for half a minute where there is no network.
+        listed = HfApi().model_info(name, timeout=_PATIENCE).siblings or []
+    except Exception as error:
         try:
             return Path(snapshot_download(name, local_files_only=True))
-        except (OSError, HFValidationError, ValueError):
-            reason = str(error).strip().split("\n")[0][:160]
+        except Exception:
             raise InputError(
-                f"{name} is no path here and could not be fetched from the Hub ({reason}): check "
-                "the name and the network, or give a folder"
+                f"{name} is no path here and could not be fetched from the Hub ({_reason(error)}): "
+                "check the name and the network, or give a folder"
             ) from None
+    patterns = wanted([file.rfilename for file in listed], variant)
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        raise InputError(
+            f"{name} could not be downloaded from the Hub ({_reason(error)}): check the network, "
+            "the disk and your access to the model, and try again"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what went wrong."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")[:160]
 
 
 def wanted(files: list[str], variant: str | None = None) -> list[str]:
@@ -68,6 +81,8 @@ def wanted(files: list[str], variant: str | None = None) -> list[str]:
         chosen = folder.choose(found, variant, part)
         keep.append(f"{part}/{chosen}")
         if chosen.endswith(".json"):
-            kind = "*.safetensors" if "safetensors" in chosen else "*.bin"
-            keep.append(f"{part}/{kind}")
+            shards = folder.shards_of(chosen, names)
+            if not shards:
+                raise InputError(f"the repository has {part}/{chosen} and none of its shards")
+            keep += [f"{part}/{name}" for name in shards]
     return keep
