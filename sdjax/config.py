@@ -29,11 +29,6 @@ def read(name: str | Path) -> Configs:
     return {k: v for k, v in _parse(name).items() if isinstance(v, dict)}
 
 
-def describe(name: str | Path) -> str:
-    """One sentence on what the config is for, empty when the file has none."""
-    return str(_parse(name).get("description", ""))
-
-
 def _parse(name: str | Path) -> dict[str, Any]:
     if isinstance(name, str) and name in names():
         file: Traversable = _home() / f"{name}.toml"

@@ -1,4 +1,4 @@
-"""Pixels on the host: conversion, PNG files that carry their settings, contact sheets."""
+"""Pixels on the host: PNG files that carry their settings, contact sheets."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 
 from sdjax.errors import InputError
 
@@ -29,18 +29,6 @@ _SAMPLERS = {
     "ddpm": "DDPM",
     "dpmpp_2m": "DPM++ 2M",
 }
-
-
-def to_uint8(pixels: Float[np.ndarray, "*b h w c"]) -> UInt8[np.ndarray, "*b h w c"]:
-    """Pixels in -1..1 as levels 0..255, rounded half to even; what lies outside is clipped."""
-    if not np.isfinite(pixels).all():
-        raise InputError("the image holds NaN or infinity: try dtype float32")
-    return np.round(np.clip(pixels.astype(np.float32) / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
-
-
-def to_pixels(image: UInt8[np.ndarray, "*b h w c"]) -> Float[np.ndarray, "*b h w c"]:
-    """Levels 0..255 as float32 pixels in -1..1: the inverse of `to_uint8`."""
-    return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
 def read(path: str | Path) -> UInt8[np.ndarray, "h w 3"]:

@@ -49,9 +49,8 @@ def our_shapes(part: str, table: dict) -> dict[str, tuple[int, ...]]:
     return expected(kinds[part].from_config(table))
 
 
-def test_nine_configs_are_shipped_each_with_a_description() -> None:
+def test_nine_configs_are_shipped() -> None:
     assert config.names() == NAMES
-    assert all(config.describe(name).endswith(".") for name in NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -100,7 +99,6 @@ def test_a_toml_file_of_the_same_form_is_read_by_its_path(tmp_path) -> None:
     file.write_text('description = "Mine."\n[unet]\nin_channels = 3\n')
     assert config.read(file) == {"unet": {"in_channels": 3}}
     assert config.read(str(file)) == {"unet": {"in_channels": 3}}
-    assert config.describe(file) == "Mine."
 
 
 def test_bad_configs_are_refused_in_one_sentence(tmp_path) -> None:

@@ -30,15 +30,6 @@ def picture(height=16, width=24, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
-def test_pixels_and_levels_are_inverse():
-    levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, -1)
-    np.testing.assert_array_equal(images.to_uint8(images.to_pixels(levels)), levels)
-    extremes = np.float32([-9, -1, 0, 1, 9]).reshape(1, 5, 1)
-    assert images.to_uint8(extremes).ravel().tolist() == [0, 0, 128, 255, 255]
-    with pytest.raises(InputError, match="float32"):
-        images.to_uint8(np.full((1, 1, 3), np.nan, np.float32))
-
-
 def test_a_saved_image_gives_back_its_pixels_and_settings(tmp_path):
     path = images.save(tmp_path / "new", "a", picture(), SETTINGS)
     assert path == tmp_path / "new" / "a.png"

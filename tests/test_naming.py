@@ -74,14 +74,15 @@ def vae():
     return AutoencoderKL.from_config(tiny.VAE | {"block_out_channels": [8, 8]})
 
 
-def write(path, module, params, rename=lambda key: key, change=lambda key, array: array):
+def write(file, module, params, rename=lambda key: key, change=lambda key, array: array):
     """A module's params in a file, under any spelling."""
     entries = []
-    for key, array in naming.from_params(params):
-        array = np.ascontiguousarray(change(key, array))
+    for path, leaf in naming.flatten(params):
+        key = naming.torch_key(path)
+        array = np.ascontiguousarray(change(key, naming.to_torch_axes(path[-1], leaf)))
         entries.append(Entry(rename(key), array.shape, array.dtype, lambda a=array: a))
-    safetensors.write(path, entries)
-    return safetensors.open(path)
+    safetensors.write(file, entries)
+    return safetensors.open(file)
 
 
 def test_params_come_back_bit_by_bit(tmp_path):

@@ -7,14 +7,17 @@ import shutil
 import types
 from pathlib import Path
 
+import jax
 import ldm
 import numpy as np
+import peers
 import pytest
+import tiny
 
 from sdjax import config as shipped
 from sdjax.checkpoints import compvis, openclip, safetensors, single_file
 from sdjax.checkpoints.detect import marked_prediction
-from sdjax.checkpoints.naming import from_params, to_params
+from sdjax.checkpoints.naming import to_params
 from sdjax.checkpoints.tensors import Tensor, Tensors
 from sdjax.errors import InputError
 
@@ -362,11 +365,8 @@ def test_torch_diffusers_loads_what_we_saved_with_equal_weights(name, tmp_path, 
     nets = {part: getattr(pipe, part) for part in WEIGHTS if part in params}
     assert len(nets) == (4 if name == "sdxl" else 3)
     for part, net in nets.items():
-        ours = dict(from_params(params[part]))
-        theirs = dict(net.named_parameters())
-        assert set(ours) == set(theirs), part
-        for key, value in theirs.items():
-            np.testing.assert_array_equal(ours[key], value.detach().numpy(), err_msg=key)
+        ours = jax.tree.map(np.asarray, params[part])
+        assert tiny.equal(ours, peers.flax_params(net)), part
 
 
 def test_a_pickled_checkpoint_gives_the_same_tensors(tmp_path, folder, names_only) -> None:

@@ -281,12 +281,6 @@ def finite(array: np.ndarray) -> bool:
     )
 
 
-def from_params(params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Each parameter's torch key and its array with torch's axes, one in host memory at a time."""
-    for path, leaf in flatten(params):
-        yield torch_key(path), to_torch_axes(path[-1], np.asarray(leaf))
-
-
 def flatten(params: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
     """The paths and arrays of a nested dict of params."""
     for name, node in params.items():

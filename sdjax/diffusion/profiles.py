@@ -92,7 +92,7 @@ def k_diffusion(
         chosen = sampler
     table = schedule.sigmas
     if spacing in ("karras", "exponential"):
-        sigmas = getattr(spacings, spacing)(steps, table[0], table[-1])
+        sigmas = getattr(spacings, spacing)(steps, schedule.sigma_min, schedule.sigma_max)
         return Plan(chosen, sigmas, log_timestep(table, sigmas[:-1]), float(sigmas[0]))
     if spacing not in SPACINGS:
         raise InputError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r:.60}")
