@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Float, Int
 
@@ -189,8 +188,3 @@ def compute_dtype(params: Params) -> Any:
 def _widen(params: Params) -> Params:
     """Float16 as float32: a text encoder's dtype is its embeddings' own."""
     return jax.tree.map(lambda p: p.astype(jnp.float32) if p.dtype == jnp.float16 else p, params)
-
-
-def parameter_count(params: Params) -> int:
-    """Number of weights in a tree."""
-    return sum(int(np.prod(p.shape)) for p in jax.tree.leaves(params))

@@ -99,14 +99,24 @@ class Parts(NamedTuple):
         """`axis` says which axis of a leaf counts images: None for a leaf without one."""
         leaves, structure = jax.tree.flatten(tree)
         axes = tuple(axis(leaf) for leaf in leaves)
+        # Random keys travel as the integers that they are made of.
+        kinds = tuple(jax.random.key_impl(leaf) if _is_key(leaf) else None for leaf in leaves)
+        leaves = [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in leaves]
         pairs = list(zip(leaves, axes, strict=True))
         shared = tuple(leaf for leaf, at in pairs if at is None)
         each = tuple(np.moveaxis(np.asarray(leaf), at, 0) for leaf, at in pairs if at is not None)
-        return cls((structure, axes), shared, each)
+        return cls((structure, axes, kinds), shared, each)
 
     def whole(self) -> Any:
         """The pytree again; inside a program too."""
-        structure, axes = self.outline
+        structure, axes, kinds = self.outline
         shared, each = iter(self.shared), iter(self.each)
-        leaves = [next(shared) if at is None else jnp.moveaxis(next(each), 0, at) for at in axes]
+        leaves = []
+        for at, kind in zip(axes, kinds, strict=True):
+            leaf = next(shared) if at is None else jnp.moveaxis(next(each), 0, at)
+            leaves.append(leaf if kind is None else jax.random.wrap_key_data(leaf, impl=kind))
         return jax.tree.unflatten(structure, leaves)
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

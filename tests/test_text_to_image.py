@@ -1,5 +1,8 @@
 """Whole pictures against torch diffusers: from prompts to uint8, every family."""
 
+from typing import Any
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from peers import FEW_LAYERS, nchw, nhwc, relative_error, save_tiny_pipeline
@@ -9,7 +12,6 @@ from sdjax.diffusion import profiles
 from sdjax.tasks import settings
 
 PROMPTS = ["a red house by the sea at night", "two boats"]
-NEGATIVES = ["blurry", ""]
 STEPS = 10
 
 
@@ -38,6 +40,11 @@ def assert_same_pictures(ours, theirs):
     assert (gap > 0).mean() <= 1e-3
 
 
+def torch_latents(pipeline, prompt, negative, latents, **settings):
+    asked = dict(num_inference_steps=STEPS, guidance_scale=7.5, output_type="latent") | settings
+    return nhwc(pipeline(prompt, negative_prompt=negative, latents=nchw(latents), **asked).images)
+
+
 def torch_pictures(pipeline, latents):
     import torch
 
@@ -60,22 +67,20 @@ def ddim(pipeline):
 
 @pytest.mark.parametrize("family", ["sd1", "sd2-base", "sd2", "sdxl"])
 def test_ten_guided_steps_equal_diffusers(tiny, family):
+    """Each image has a negative prompt of its own; SDXL's absent one is zeros, not empty text."""
     folder, pipeline = tiny(family)
+    negatives = [None, "blurry"] if family == "sdxl" else ["", "blurry"]
     noise = unit_noise((2, 8, 8, 4))
-    settings = dict(negative_prompts=NEGATIVES, steps=STEPS, guidance_scale=7.5, latents=noise)
+    settings = dict(negative_prompts=negatives, steps=STEPS, guidance_scale=7.5, latents=noise)
     model, params = sdjax.load(folder)
     latents = sdjax.text_to_image(
         model, params, PROMPTS, height=64, width=64, output="latents", **settings
     )
-    theirs = nhwc(
-        ddim(pipeline)(
-            PROMPTS,
-            negative_prompt=NEGATIVES,
-            num_inference_steps=STEPS,
-            guidance_scale=7.5,
-            latents=nchw(noise),
-            output_type="latent",
-        ).images
+    theirs = np.concatenate(
+        [
+            torch_latents(ddim(pipeline), prompt, negative, noise[i : i + 1])
+            for i, (prompt, negative) in enumerate(zip(PROMPTS, negatives, strict=True))
+        ]
     )
     assert relative_error(latents, theirs) <= 1e-4
     images = sdjax.text_to_image(model, params, PROMPTS, height=64, width=64, **settings)
@@ -204,15 +209,14 @@ def test_the_upscaler_composes_from_denoiser_and_sample(tiny):
 
 
 @pytest.fixture(scope="module")
-def sd1(small_folder):
-    return sdjax.load(small_folder)
+def sd1(small):
+    return sdjax.load(small[0])
 
 
 @pytest.fixture(scope="module")
-def small_folder(tmp_path_factory):
+def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
-    save_tiny_pipeline(folder, "sd1", **FEW_LAYERS)
-    return folder
+    return folder, save_tiny_pipeline(folder, "sd1", **FEW_LAYERS)
 
 
 def pictures(sd1, prompts, **settings):
@@ -252,17 +256,19 @@ def test_an_image_does_not_depend_on_the_batch_around_it(sd1):
     asked = {name: values[::-1] for name, values in asked.items()}
     backwards = pictures(sd1, ["c", "b", "a"], sampler=sdjax.EulerAncestral(), **asked)
     assert_same_pictures(backwards[::-1], together)
-    alone = pictures(
-        sd1, "b", steps=2, guidance_scale=2.0, seeds=6, sampler=sdjax.EulerAncestral()
-    )
+    alone = pictures(sd1, "b", steps=2, guidance_scale=2.0, seeds=6, sampler=sdjax.EulerAncestral())
     assert_same_pictures(alone[0], together[1])
 
 
-def test_progress_changes_nothing_and_counts_every_step(sd1):
-    told = []
+def test_progress_changes_nothing_and_counts_every_step_when_it_is_done(sd1, monkeypatch):
+    import jax
+
+    told, wait = [], jax.block_until_ready
+    monkeypatch.setattr(jax, "block_until_ready", lambda x: told.append("ready") or wait(x))
     watched = pictures(sd1, "a", steps=3, progress=lambda *what: told.append(what))
+    steps = [what for what in told if what == "ready" or what[0] == "steps"]
+    assert steps == [word for i in (1, 2, 3) for word in ("ready", ("steps", i, 3))]
     assert_same_pictures(watched, pictures(sd1, "a", steps=3))
-    assert [what for what in told if what[0] == "steps"] == [("steps", i, 3) for i in (1, 2, 3)]
 
 
 def test_seeds_differ_in_their_upper_bits(sd1):
@@ -289,13 +295,116 @@ def test_recorded_noise_takes_the_place_of_the_seeds(sd1):
     assert_same_pictures(second[0], both[1])
 
 
-def test_bfloat16_stays_within_two_levels_on_average(sd1, small_folder):
-    half = sdjax.load(small_folder, dtype="bfloat16")
+def test_keys_and_white_noise_are_noise_too(sd1):
+    asked = dict(sampler=sdjax.EulerAncestral(), steps=3, seeds=[1, 2])
+    own = pictures(sd1, ["a", "b"], **asked)
+    keys = sdjax.keys([1, 2])
+    assert (own == pictures(sd1, ["a", "b"], noise=keys, **asked)).all()
+    white = sdjax.White(keys, (8, 8, 4))
+    assert (own == pictures(sd1, ["a", "b"], noise=white, **asked)).all()
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 2, 8, 8, 4), (3, 1, 8, 8, 4), (3, 2, 4, 4, 4)], ids=["short", "images", "size"]
+)
+def test_a_tape_that_does_not_fit_is_refused(sd1, shape):
+    noise = sdjax.Tape(np.zeros(shape, np.float32))
+    with pytest.raises(sdjax.InputError, match="a tape for 3 steps holds draws"):
+        pictures(sd1, ["a", "b"], steps=3, noise=noise, sampler="euler_ancestral")
+
+
+@sdjax.pytree
+class Weighted:
+    """Euler towards a weighted estimate: a sampler with a table, a state and a flag of its own."""
+
+    weights: Any
+    eta: Any = 0.0
+    flag: str = sdjax.static("plain")
+
+    def init(self, x):
+        return jnp.zeros((x.shape[0],))
+
+    def step(self, denoise, x, at, state, noise):
+        x0 = denoise(x, at.sigma) * self.weights.sum()
+        return x0 + at.sigma_next / at.sigma * (x - x0) + 0 * self.eta, state + 1
+
+
+@pytest.mark.parametrize("weights", [np.array([0.25, 0.75]), jnp.array([0.5, 0.25, 0.25])])
+def test_a_samplers_own_tables_and_state_pass_through(sd1, weights):
+    plain = pictures(sd1, ["a", "b"], sampler=sdjax.Euler(), steps=[2, 3], seeds=[1, 2])
+    mine = pictures(sd1, ["a", "b"], sampler=Weighted(weights), steps=[2, 3], seeds=[1, 2])
+    assert_same_pictures(mine, plain)
+
+
+def test_hyper_parameters_are_numbers_arrays_or_one_an_image(sd1):
+    def run(eta, prompts=("a", "b"), seeds=(1, 2)):
+        asked = dict(sampler=sdjax.DDIM(eta), steps=3, seeds=list(seeds))
+        return pictures(sd1, list(prompts), **asked)
+
+    number = run(0.5)
+    assert (run(np.array(0.5)) == number).all() and (run(jnp.float32(0.5)) == number).all()
+    both = run(np.reshape([0.5, 1.0], (2, 1, 1, 1)))
+    assert_same_pictures(both[0], number[0])
+    assert_same_pictures(both[1], run(1.0)[1])
+
+
+def test_settings_may_be_arrays(sd1):
+    lists = pictures(sd1, ["a", "b"], guidance_scale=[2.0, 3.0], seeds=[1, 2], steps=2)
+    arrays = dict(guidance_scale=jnp.array([2.0, 3.0]), seeds=np.array([1, 2]), steps=np.array(2))
+    assert (pictures(sd1, ["a", "b"], **arrays) == lists).all()
+
+
+def test_clip_skip_is_the_prompts_alone_as_in_diffusers(small):
+    import torch
+
+    folder, pipeline = small
+    noise = unit_noise((1, 8, 8, 4))
+    asked = dict(negative_prompts="ugly", steps=3, latents=noise, clip_skip=1, output="latents")
+    ours = sdjax.text_to_image(*sdjax.load(folder), "a boat", height=64, width=64, **asked)
+    # The pipeline's own clip_skip looks for a name that transformers 5.6 dropped: skip for it.
+    encoder = pipeline.text_encoder
+    ids = [
+        pipeline.tokenizer(text, padding="max_length", return_tensors="pt").input_ids
+        for text in ("a boat", "ugly")
+    ]
+    with torch.no_grad():
+        skipped = encoder(ids[0], output_hidden_states=True).hidden_states[-2]
+        embedded = encoder.final_layer_norm(skipped), encoder(ids[1]).last_hidden_state
+    theirs = torch_latents(
+        ddim(pipeline),
+        None,
+        None,
+        noise,
+        prompt_embeds=embedded[0],
+        negative_prompt_embeds=embedded[1],
+        num_inference_steps=3,
+        height=64,
+        width=64,
+    )
+    assert relative_error(ours, theirs) <= 1e-4
+
+
+def test_pixels_that_are_not_finite_are_black_and_said(sd1):
+    model, params = sd1
+    conv = params["vae"]["decoder"]["conv_out"]
+    broken = conv | {"bias": conv["bias"].at[0].set(jnp.nan)}
+    vae = params["vae"] | {"decoder": params["vae"]["decoder"] | {"conv_out": broken}}
+    with pytest.warns(UserWarning, match=r"images \[0\] hold NaN"):
+        images = pictures((model, params | {"vae": vae}), "a", steps=1)
+    assert (images[..., 0] == 0).all()
+
+
+def test_bfloat16_stays_within_two_levels_on_average(sd1, small):
+    half = sdjax.load(small[0], dtype="bfloat16")
     exact = pictures(sd1, ["a", "b"], seeds=[1, 2], steps=STEPS)
     rounded = pictures(half, ["a", "b"], seeds=[1, 2], steps=STEPS)
     assert np.abs(exact.astype(int) - rounded.astype(int)).mean() <= 2
 
 
+class Undecorated:
+    """What a sampler looks like before its decorator."""
+
+    init = step = print
 
 
 @pytest.mark.parametrize(
@@ -311,6 +420,11 @@ def test_bfloat16_stays_within_two_levels_on_average(sd1, small_folder):
         (dict(sampler="eulr"), "sampler must be one of"),
         (dict(spacing="karas"), "spacing must be one of"),
         (dict(output="png"), "output must be"),
+        (dict(clip_skip=4), "clip_skip must be a whole number from 0 to 3"),
+        (dict(clip_skip=-1), "clip_skip"),
+        (dict(sampler=sdjax.Euler), "pass Euler\\(\\)"),
+        (dict(sampler=Undecorated()), "@sdjax.pytree"),
+        (dict(noise=np.random.default_rng), "noise must be keys"),
         (dict(latents=np.zeros((2, 4, 8, 8), np.float32)), "latents must be"),
         (dict(latents=np.full((2, 8, 8, 4), np.nan)), "latents must be finite"),
     ],

@@ -81,6 +81,16 @@ class Tape:
         """Where the leaf counts images, for whoever splits a batch."""
         return jnp.ndim(self.draws) - 4
 
+    def check(self, steps: int, shape: tuple[int, ...]) -> None:
+        """Refuse a tape that is too short, or of other images than [b, h, w, c] = `shape`."""
+        own = jnp.shape(self.draws)
+        if len(own) not in (5, 6) or own[0] < steps or own[-4:] != tuple(shape):
+            wanted = [steps, *shape]
+            raise InputError(
+                f"a tape for {steps} steps holds draws {wanted} (or [n, draws, b, h, w, c]), "
+                f"got {list(own)}"
+            )
+
     def __call__(self, index: Index, sigma: Sigma, sigma_next: Sigma, draw: int = 0) -> Latents:
         draws = jnp.asarray(self.draws)
         if draws.ndim == 5:

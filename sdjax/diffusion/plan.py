@@ -1,5 +1,6 @@
 """`Plan`: one way to spend n evaluations, for one image or one an image."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,9 +18,7 @@ class Plan(NamedTuple):
 
     sampler: Sampler
     sigmas: np.ndarray  # [n+1] float64, or [n+1, b, 1, 1, 1] after `batch`
-    timesteps: (
-        np.ndarray
-    )  # [n] float64: where the network is evaluated, see `schedules.planned_timestep`
+    timesteps: np.ndarray  # [n] float64: where the network is evaluated (`planned_timestep`)
     init_scale: float | np.ndarray = 1.0
     final_scale: float | np.ndarray = 1.0
     note: str | None = None  # what differs from the program that the config was written for
@@ -34,23 +33,20 @@ def batch(plans: Sequence[Plan]) -> Plan:
     must have one kind of sampler; its numbers may differ.
     """
     n = max(len(plan.timesteps) for plan in plans)
-    samplers = [plan.sampler for plan in plans]
+    samplers: list[Any] = [plan.sampler for plan in plans]
+    landings = None
     if any(isinstance(s, DDIM) and s.landings is not None for s in samplers):
-        samplers = [
-            DDIM(s.eta, p.sigmas[1:]) if isinstance(s, DDIM) and s.landings is None else s
-            for s, p in zip(samplers, plans, strict=True)
-        ]
+        landings = spacings.pad([_landings(plan) for plan in plans], n)
+        samplers = [dataclasses.replace(s, landings=None) for s in samplers]
     if len({jax.tree.structure(s) for s in samplers}) != 1:
         raise InputError("plans of one batch must have one kind of sampler")
-
-    def join(*leaves: Any) -> Any:
-        if np.ndim(leaves[0]) == 1:
-            return spacings.pad([np.asarray(leaf) for leaf in leaves], n)
-        return np.reshape(leaves, (-1, 1, 1, 1)) if len(set(leaves)) > 1 else leaves[0]
+    sampler = jax.tree.map(_join, *samplers)
+    if landings is not None:
+        sampler = dataclasses.replace(sampler, landings=landings)
 
     notes = dict.fromkeys(plan.note for plan in plans if plan.note)
     return Plan(
-        sampler=jax.tree.map(join, *samplers),
+        sampler=sampler,
         sigmas=spacings.pad([plan.sigmas for plan in plans], n + 1),
         timesteps=spacings.pad([plan.timesteps for plan in plans], n),
         init_scale=np.reshape([plan.init_scale for plan in plans], (-1, 1, 1, 1)),
@@ -58,3 +54,16 @@ def batch(plans: Sequence[Plan]) -> Plan:
         note="; ".join(notes) or None,
         clip=plans[0].clip,
     )
+
+
+def _landings(plan: Plan) -> np.ndarray:
+    """Where a DDIM plan's steps land: at the next evaluation, unless it says otherwise."""
+    given = getattr(plan.sampler, "landings", None)
+    return plan.sigmas[1:] if given is None else np.asarray(given)
+
+
+def _join(*leaves: Any) -> Any:
+    """One hyper-parameter of all samplers: as it is where they agree, else [b, 1, 1, 1]."""
+    if all(np.array_equal(leaf, leaves[0]) for leaf in leaves):
+        return leaves[0]
+    return np.stack([np.asarray(leaf) for leaf in leaves]).reshape(-1, 1, 1, 1)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sdjax.diffusion.noise import White
+from sdjax.diffusion.noise import Tape, White
 from sdjax.errors import InputError
 from sdjax.types import Denoiser, Index, Latents, Noise, Sampler, Sigma, State, Step
 
@@ -41,7 +41,15 @@ def sample(
 def begin(sampler: Sampler, x: Latents) -> Carry:
     """The carry before the first step; x becomes float32 (float64 stays, where enabled)."""
     x = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
-    return Carry(x, sampler.init(x))
+    state = sampler.init(x)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if jnp.shape(leaf)[:1] != x.shape[:1]:
+            where = jax.tree_util.keystr(path) or "a leaf"
+            raise InputError(
+                f"{type(sampler).__name__}.init returned {where} of shape {list(jnp.shape(leaf))}: "
+                f"a state's leaves are [{x.shape[0]}, ...], one row an image"
+            )
+    return Carry(x, state)
 
 
 def scan(
@@ -72,6 +80,8 @@ def scan(
     total = sigmas.shape[0] - 1
     length = total if length is None else length
     source = _noise(sampler, noise, x)
+    if isinstance(source, Tape):
+        source.check(total, x.shape)
 
     moving = jnp.cumprod(sigmas[1:] != sigmas[:-1], axis=0, dtype=jnp.int32)
     steps = jnp.sum(moving, axis=0)  # an image's own count: [] or [b, 1, 1, 1]

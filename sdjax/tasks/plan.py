@@ -1,6 +1,10 @@
 """Which sampler and which noise levels: the model's own, or the caller's."""
 
 import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
 
 from sdjax.diffusion import profiles
 from sdjax.diffusion.plan import Plan
@@ -30,6 +34,8 @@ def choose(
     """
     if sampler is None and spacing is None:
         return profiles.diffusers(model.scheduler.dict(), steps)
+    if sampler is not None and not isinstance(sampler, str):
+        _check(sampler)
     if isinstance(sampler, str):
         if sampler not in profiles.SAMPLERS:
             known = ", ".join(profiles.SAMPLERS)
@@ -42,10 +48,27 @@ def choose(
     if spacing is not None:
         return profiles.k_diffusion(model.schedule, chosen, spacing, steps)
     profile = _PROFILES.get(type(chosen), "EulerDiscreteScheduler")
-    # Some classes clip pixels unless told otherwise; a latent model that does not say so means no.
-    config = {"clip_sample": False} | model.scheduler.dict() | {"_class_name": profile}
-    plan = profiles.diffusers(config, steps)
+    # Classes differ in what they take for granted; what the model was trained with stays, and a
+    # latent model that does not ask for clipping means none.
+    own = {"clip_sample": False} | model.schedule.config() | model.scheduler.dict()
+    plan = profiles.diffusers(own | {"_class_name": profile}, steps)
     if isinstance(chosen, DDIM) and isinstance(plan.sampler, DDIM):
         # Where its steps land belongs to the spacing.
         chosen = dataclasses.replace(chosen, landings=plan.sampler.landings)
     return plan._replace(sampler=chosen)
+
+
+def _check(sampler: Any) -> None:
+    """Refuse what is no sampler, or none that a compiled program can take."""
+    name = getattr(sampler, "__name__", type(sampler).__name__)
+    if isinstance(sampler, type):
+        raise InputError(f"sampler must be an instance, got the class {name}: pass {name}()")
+    if not (callable(getattr(sampler, "init", None)) and callable(getattr(sampler, "step", None))):
+        known = ", ".join(profiles.SAMPLERS)
+        raise InputError(f"sampler must be one of {known}, or have init and step, got {sampler!r}")
+    for leaf in jax.tree.leaves(sampler):
+        if not isinstance(leaf, int | float | np.number | np.ndarray | jax.Array):
+            raise InputError(
+                f"{name} is not made of numbers (it holds {leaf!r:.60}): decorate the class with "
+                "@sdjax.pytree, and declare names and flags with sdjax.static()"
+            )

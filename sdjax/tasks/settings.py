@@ -35,9 +35,13 @@ def resolve(
     height: int | None,
     width: int | None,
     latents: Any,
+    clip_skip: int = 0,
 ) -> Settings:
     """Check every setting and give each image its own; InputError names the one that cannot be."""
     _check_model(model)
+    encoders = [e for e in (model.text_encoder, model.text_encoder_2) if e is not None]
+    layers = min(encoder.text.num_hidden_layers for encoder in encoders)
+    _whole("clip_skip", clip_skip, 0, layers - 1)
     given = {
         "prompts": _listed(prompts),
         "negative_prompts": _listed(negative_prompts),
@@ -117,9 +121,11 @@ def _check_model(model: Model) -> None:
 
 
 def _listed(value: Any) -> list[Any]:
-    if value is None or isinstance(value, str | int | float | np.number):
+    if hasattr(value, "ndim"):  # numpy's or jax's
+        value = np.asarray(value).tolist()
+    if value is None or isinstance(value, str | int | float):
         return [value]
-    values = list(value.tolist() if isinstance(value, np.ndarray) else value)
+    values = list(value)
     if not values:
         raise InputError("prompts and other per-image settings need at least one entry, got none")
     return values

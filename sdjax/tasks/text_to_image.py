@@ -1,5 +1,6 @@
 """`text_to_image`: prompts to pictures, every setting per image, in one program."""
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,13 +11,13 @@ import numpy as np
 
 from sdjax import parallel
 from sdjax.diffusion import guidance, sampling
-from sdjax.diffusion.noise import White, keys, start
+from sdjax.diffusion.noise import Tape, White, keys, start
 from sdjax.diffusion.plan import batch
 from sdjax.errors import InputError
 from sdjax.model import Model, Params, compute_dtype, decode, denoiser, encode_text, project
 from sdjax.tasks import settings
 from sdjax.tasks.plan import choose
-from sdjax.types import Latents, Noise, Sampler, leaves32
+from sdjax.types import Array, Latents, Sampler, leaves32
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage ("compile", "steps", "decode"), how much of it is done, and of how much."""
@@ -28,15 +29,15 @@ def text_to_image(
     prompts: str | Sequence[str],
     *,
     negative_prompts: str | Sequence[str | None] | None = None,
-    seeds: int | Sequence[int] | np.ndarray = 0,
-    steps: int | Sequence[int] | np.ndarray = 20,
-    sampler: str | Sampler | None = None,
+    seeds: int | Sequence[int] | Array = 0,
+    steps: int | Sequence[int] | Array = 20,
+    sampler: str | Sampler | Any = None,
     spacing: str | None = None,
-    guidance_scale: float | int | Sequence[float | int] | np.ndarray = 7.5,
+    guidance_scale: float | int | Sequence[float | int] | Array = 7.5,
     height: int | None = None,
     width: int | None = None,
     latents: Any = None,
-    noise: Noise | None = None,
+    noise: Any = None,
     clip_skip: int = 0,
     progress: bool | Progress = False,
     output: str = "images",
@@ -50,16 +51,17 @@ def text_to_image(
 
     Args:
         seeds: integers from 0 to 2**64 - 1.
-        steps: 1 to 1000. Unequal counts share one program as long as the longest.
+        steps: 1 to 1000, or as many noise levels as the model's spacing has. Unequal counts share
+            one program as long as the longest.
         sampler: a name in `profiles.SAMPLERS`, or any `Sampler`; None is the model's own.
         spacing: a name in `profiles.SPACINGS`; None is the model's own.
         guidance_scale: w in x0_negative + w * (x0_prompt - x0_negative). If it is 1 for all
             images, a second program runs with one network evaluation instead of two.
         height, width: pixels, multiples of 8; None is what the model was trained at.
         latents: the starting noise, [b, h, w, c] of unit variance, instead of the seeds' own.
-        noise: the stochastic samplers' noise, instead of the seeds' own: a pytree whose leaves
-            count images along axis `noise.image_axis` (0 without that attribute).
-        clip_skip: text encoder layers to leave out at the end.
+        noise: the stochastic samplers' noise, instead of the seeds' own: keys [b], or a `Noise`
+            whose leaves count images along axis `noise.image_axis` (0 without that attribute).
+        clip_skip: text encoder layers to leave out at the end, for the prompts only.
         progress: True draws bars; or a function that is told of every step.
         output: "latents" stops before the decoder: [b, h, w, c] float32 as the VAE scaled them.
 
@@ -67,7 +69,16 @@ def text_to_image(
         InputError: a setting is out of range, or sequences differ in length; nothing has run.
     """
     asked = settings.resolve(
-        model, prompts, negative_prompts, seeds, steps, guidance_scale, height, width, latents
+        model,
+        prompts,
+        negative_prompts,
+        seeds,
+        steps,
+        guidance_scale,
+        height,
+        width,
+        latents,
+        clip_skip,
     )
     if output not in ("images", "latents"):
         raise InputError(f'output must be "images" or "latents", got {output!r}')
@@ -77,8 +88,9 @@ def text_to_image(
     if chosen.note:
         warnings.warn(chosen.note, stacklevel=2)
     guided = any(scale != 1 for scale in asked.guidance_scales)
-    solver = parallel.Parts.of(leaves32(chosen.sampler), _sampler_axis)
-    draws = parallel.Parts.of(noise, lambda leaf: getattr(noise, "image_axis", 0))
+    shape = settings.latent_shape(model, asked.height, asked.width)
+    solver = parallel.Parts.of(leaves32(chosen.sampler), functools.partial(_sampler_axis, size))
+    draws = parallel.Parts.of(*_checked(noise, longest, (size, *shape)))
 
     # Everything per image leads with the image: that axis is split over the devices.
     first = {
@@ -100,7 +112,6 @@ def text_to_image(
     report = _reporter(progress)
 
     report("compile", 0, 1)
-    shape = settings.latent_shape(model, asked.height, asked.width)
     x, conditions = _prepare((model, guided, clip_skip, shape), params, first)
     count = 1 if progress else longest
     carry = _begin(solver.outline, solver.shared, x, every["sampler"])
@@ -108,12 +119,20 @@ def text_to_image(
     for index in range(0, longest, count):
         shared = (params["unet"], solver.shared, draws.shared, np.int32(index))
         carry = _advance(static, shared, carry, conditions, every)
+        if progress:  # programs are queued: without this, all steps are done at once
+            jax.block_until_ready(carry)
         if index == 0:
             report("compile", 1, 1)
         report("steps", index + count, longest)
     report("decode", 0, 1)
-    result = parallel.join(_finish((model, output), params["vae"], carry, last), size)
+    result, finite = parallel.join(_finish((model, output), params["vae"], carry, last), size)
     report("decode", 1, 1)
+    if not finite.all():
+        warnings.warn(
+            f"images {np.flatnonzero(~finite).tolist()} hold NaN or infinity, and are black there: "
+            "try other weights, a lower guidance_scale, or dtype float32",
+            stacklevel=2,
+        )
     return result
 
 
@@ -126,8 +145,11 @@ def _prepare_one(static: Any, params: Params, first: dict[str, Any]) -> tuple[La
         latents = start(_keys(first["keys"]), shape)
     tokens = first["tokens"]
     rows = {k: _rows(v) for k, v in tokens.items()}
-    text = encode_text(model, params, rows.get("ids"), rows.get("ids_2"), clip_skip=clip_skip)
-    context, pooled = text
+    context, pooled = encode_text(model, params, rows.get("ids"), rows.get("ids_2"))
+    if clip_skip:  # as diffusers has it: the prompt skips layers, the negative prompt does not
+        ids, ids_2 = (None if v is None else v[-n:] for v in (rows.get("ids"), rows.get("ids_2")))
+        skipped = encode_text(model, params, ids, ids_2, clip_skip=clip_skip)
+        context = jnp.concatenate([context[:-n], skipped.context])
     if "absent" in rows:  # the negative of SDXL base that is zeros instead of the empty prompt
         keep = 1 - rows["absent"][:, None]
         context, pooled = context * keep[..., None], pooled * keep
@@ -177,8 +199,14 @@ def _finish_one(static: Any, vae: Params, carry: sampling.Carry, scale: Any) -> 
     model, output = static
     latents = carry.x * scale
     if output == "latents":
-        return latents
-    return jnp.round(decode(model, {"vae": vae}, latents) * 255).astype(jnp.uint8)
+        return latents, _finite(latents)
+    pixels = decode(model, {"vae": vae}, latents)
+    finite = jnp.isfinite(pixels)
+    return jnp.round(jnp.where(finite, pixels, 0) * 255).astype(jnp.uint8), _finite(pixels)
+
+
+def _finite(x: Latents) -> Any:
+    return jnp.isfinite(x).all(axis=(1, 2, 3))
 
 
 _prepare = parallel.mapped(_prepare_one)
@@ -196,14 +224,37 @@ def _blank(model: Model, params: Params, n: int, shape: tuple[int, int, int]) ->
     factor = model.vae.factor
     grey = jnp.zeros((1, height * factor, width * factor, 3), compute_dtype(params["vae"]))
     mean, _ = model.vae.apply({"params": params["vae"]}, grey, method="encode")
-    blank = mean.astype(jnp.float32) * model.vae.scaling_factor
+    blank = (mean.astype(jnp.float32) - (model.vae.shift_factor or 0)) * model.vae.scaling_factor
     mask = jnp.ones((1, height, width, 1))
     return jnp.repeat(jnp.concatenate([mask, blank], axis=-1), n, axis=0)
 
 
-def _sampler_axis(leaf: Any) -> int | None:
-    """Hyper-parameters are scalars, or [b, 1, 1, 1], or tables [n, b, 1, 1, 1]."""
-    return {4: 0, 5: 1}.get(np.ndim(leaf))
+def _sampler_axis(size: int, leaf: Any) -> int | None:
+    """Hyper-parameters are one an image as [b, 1, 1, 1] or [n, b, 1, 1, 1], else shared by all."""
+    shape = np.shape(leaf)
+    axis = len(shape) - 4
+    return axis if axis in (0, 1) and shape[axis:] == (size, 1, 1, 1) else None
+
+
+def _checked(noise: Any, steps: int, shape: tuple) -> tuple[Any, Callable[[Any], int | None]]:
+    """The caller's noise, and which axis of its leaves counts images."""
+    if noise is None:
+        return None, lambda leaf: None
+    if isinstance(noise, jax.Array):  # keys [b], as `sample` takes them
+        noise = White(noise, shape[1:])
+    if isinstance(noise, Tape):
+        noise.check(steps, shape)
+    if not callable(noise) or any(leaf is noise for leaf in jax.tree.leaves(noise)):
+        raise InputError(
+            f"noise must be keys [b], or a Noise that is a pytree, got {type(noise).__name__}: "
+            "decorate the class with @sdjax.pytree"
+        )
+    at = getattr(noise, "image_axis", 0)
+
+    def axis(leaf: Any) -> int | None:
+        return at if np.ndim(leaf) > at and np.shape(leaf)[at] == shape[0] else None
+
+    return noise, axis
 
 
 def _rows(pairs: Any) -> Any:
