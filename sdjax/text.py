@@ -80,7 +80,7 @@ class Tokenizer:
         ids = np.full((len(prompts), self.length), pad, np.int32)
         dropped = []
         for row, prompt in zip(ids, prompts, strict=True):
-            encoding = backend.encode(_checked(prompt), add_special_tokens=False)
+            encoding = backend.encode(valid(prompt), add_special_tokens=False)
             kept = [bos, *encoding.ids[:room], eos]
             row[: len(kept)] = kept
             cut = encoding.offsets[room:]
@@ -113,18 +113,18 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-def _checked(prompt: Any) -> str:
-    """The prompt, if it is text that has an encoding."""
-    if not isinstance(prompt, str):
-        raise InputError(f"a prompt must be text, got {prompt!r:.80}")
+def valid(text: Any, name: str = "prompt") -> str:
+    """What a user gave under this name, if it is text that has an encoding."""
+    if not isinstance(text, str):
+        raise InputError(f"the {name} must be text, got {text!r:.80}")
     try:
-        prompt.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(
-            f"the prompt {ascii(prompt):.80} is not valid Unicode: character {error.start + 1} is "
-            f"the lone surrogate U+{ord(prompt[error.start]):04X}"
+            f"the {name} {ascii(text):.80} is not valid Unicode: character {error.start + 1} is "
+            f"the lone surrogate U+{ord(text[error.start]):04X}"
         ) from None
-    return prompt
+    return text
 
 
 @functools.lru_cache(maxsize=8)

@@ -213,6 +213,8 @@ def test_from_refuses_other_weights_unless_they_are_named(first, tmp_path, capsy
     np.testing.assert_array_equal(images.read("new.png"), images.read(first / "image-7.png"))
     gone = changed | {"model": str(tmp_path / "gone")}
     path = images.save(tmp_path, "gone", images.read(path), gone)
+    huge = images.save(tmp_path, "huge", images.read(path), changed | {"guidance_scale": 10**400})
+    assert "must be a finite number" in refused(capsys, "generate", "--from", str(huge))
     assert "there is no model at" in refused(capsys, "generate", "--from", str(path))
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from sdjax import images
 from sdjax.cli.show import note
 from sdjax.errors import InputError
-from sdjax.text import read_prompts
+from sdjax.text import read_prompts, valid
 
 # As in diffusion.profiles, which a test holds them against: asking should not wait for jax.
 SAMPLERS = ("euler", "euler_ancestral", "heun", "ddim", "ddpm", "dpmpp_2m")
@@ -104,7 +104,7 @@ def number(name: str, value: Any) -> float:
     """A finite number."""
     try:
         result = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         result = math.nan
     if not math.isfinite(result):
         raise InputError(f"{name} must be a finite number such as 7.5, got {_shown(value)}")
@@ -152,23 +152,16 @@ def _prompts(asked: argparse.Namespace, old: Mapping[str, Any]) -> list[str]:
         raise InputError(
             'no prompt was given: try sdjax generate "a lighthouse at dusk" --model PATH'
         )
-    for prompt in prompts:
-        _text("prompt", prompt)
-    return prompts
+    return [valid(prompt) for prompt in prompts]
 
 
 def _text(name: str, value: Any) -> str | None:
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise InputError(f"{name} must be text, got {value!r:.60}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"the {name} {ascii(value):.80} is not valid Unicode at character {error.start + 1}"
-        ) from None
-    return value
+    return None if value is None else valid(value, name)
+
+
+def _config(old: Mapping[str, Any]) -> str | None:
+    value = _text("config", old.get("config"))
+    return None if value is None else near_home(value)
 
 
 def _seeds(value: Any, count: int) -> list[int]:
