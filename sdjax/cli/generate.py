@@ -30,6 +30,7 @@ class Job(NamedTuple):
 def run(asked: argparse.Namespace) -> None:
     """Check, load, and save every image as soon as its batch is made."""
     wanted = request.read(asked)
+    from sdjax import parallel
     from sdjax.checkpoints import digest
     from sdjax.checkpoints.loading import assemble, open_checkpoint, read
     from sdjax.checkpoints.tensors import floating
@@ -54,7 +55,8 @@ def run(asked: argparse.Namespace) -> None:
     saved: list[Path] = []
     try:
         dtype = floating(wanted.dtype) if wanted.dtype else None
-        params = read(source, dtype, progress.loading)
+        # Once: a call with params on one device copies them to all others again.
+        params = parallel.replicate(read(source, dtype, progress.loading))
         del source
         for job, pixels in made(wanted, model, params, progress):
             own = settings | {"prompt": job.prompt, "seed": job.seed}
