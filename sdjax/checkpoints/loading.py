@@ -79,7 +79,9 @@ def load(
     Args:
         where: a diffusers folder, a single file (.safetensors, .ckpt), a model's folder in the
             Hub's cache, or a Hub id ("org/name").
-        dtype: "float32", "bfloat16" or "float16" to cast to; None keeps what is stored.
+        dtype: "float32", "bfloat16" or "float16" to cast to; None keeps what is stored. Networks
+            compute in bfloat16 where their weights are bfloat16 and in float32 otherwise, float16
+            being too narrow: on an accelerator, load a float16 checkpoint as "bfloat16".
         config: for a single file, the name of a shipped config or a TOML file of the same form.
         ema: for a single file, take the UNet's moving average.
         variant: for a folder, the variant of the files, such as "fp16".

@@ -69,7 +69,9 @@ def parser() -> Parser:
     make.add_argument("--width", metavar="PIXELS", help="a multiple of 8 (the model's own)")
     make.add_argument("--height", metavar="PIXELS", help="a multiple of 8 (the model's own)")
     make.add_argument(
-        "--dtype", help="float32, bfloat16 or float16 (float32 on a CPU, elsewhere as stored)"
+        "--dtype",
+        help="of the weights: float32, bfloat16 or float16; computed in bfloat16 where they are, "
+        "else in float32 (float32 on a CPU, elsewhere as stored, but float16 as bfloat16)",
     )
     make.add_argument(
         "--batch", metavar="N", help="images at once (one a device on a CPU, elsewhere four)"

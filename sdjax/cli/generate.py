@@ -43,7 +43,7 @@ def run(asked: argparse.Namespace) -> None:
     if source.note:
         note(source.note)
     model = assemble(source, wanted.model)
-    wanted = completed(wanted, model)
+    wanted = completed(wanted, model, source)
     warn_of_cuts(wanted, source)
     files = [tensor.path for part in source.networks.values() for tensor in part.tensors.values()]
     weights = digest.of_files(files)
@@ -101,7 +101,7 @@ def keep_programs(asked: argparse.Namespace) -> None:
     compilation_cache.reset_cache()  # it decides once, before the first program
 
 
-def completed(wanted: Request, model: "Model") -> Request:
+def completed(wanted: Request, model: "Model", source: "Source") -> Request:
     """The request with the model's and the device's choices filled in, and what they refuse."""
     import jax
 
@@ -118,9 +118,24 @@ def completed(wanted: Request, model: "Model") -> Request:
     return wanted._replace(
         height=height,
         width=width,
-        dtype=wanted.dtype or ("float32" if cpu else None),
+        dtype=wanted.dtype or default_dtype(source, cpu),
         batch=wanted.batch or min(device_count() * (1 if cpu else 4), _total(wanted)),
     )
+
+
+def default_dtype(source: "Source", cpu: bool) -> str | None:
+    """The dtype where none is asked for; None is as stored.
+
+    Networks compute in float32 unless the weights are bfloat16, so float16 as stored would take the
+    time and memory of float32.
+    """
+    if cpu:
+        return "float32"
+    stored = {tensor.dtype.name for tensor in source.networks["unet"].tensors.values()}
+    if "float16" not in stored:
+        return None
+    note("the weights are float16, too narrow to compute in: bfloat16 is used (see --dtype)")
+    return "bfloat16"
 
 
 def warn_of_cuts(wanted: Request, source: "Source") -> None:
