@@ -158,10 +158,12 @@ def paths(capsys):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    from peers import save_tiny_pipeline
+    import tiny
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    save_tiny_pipeline(folder, "sd1")
+    tiny.save_sd1(folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(tiny.SCHEDULER | {"_class_name": "PNDMScheduler"}))
     return folder
 
 
@@ -183,7 +185,7 @@ def test_images_are_named_by_prompt_and_seed_and_carry_their_settings(first, mod
     settings = settings_of(first / "image-8.png")
     wanted = {"prompt": "\N{CAT}", "seed": 8, "steps": 1, "negative_prompt": "blurry"}
     wanted |= {"guidance_scale": 5.0, "width": 32, "height": 32, "sampler": "ddim"}
-    wanted |= {"spacing": "leading", "model": str(model), "dtype": "float32"}
+    wanted |= {"spacing": "leading", "model": request.from_home(str(model)), "dtype": "float32"}
     assert {key: settings[key] for key in wanted} == wanted
 
 
@@ -211,10 +213,10 @@ def test_from_refuses_other_weights_unless_they_are_named(first, tmp_path, capsy
     assert main([*run, "--model", changed["model"], "--seed", "7"]) == 0
     assert "warning: the weights of" in capsys.readouterr().err
     np.testing.assert_array_equal(images.read("new.png"), images.read(first / "image-7.png"))
-    gone = changed | {"model": str(tmp_path / "gone")}
-    path = images.save(tmp_path, "gone", images.read(path), gone)
     huge = images.save(tmp_path, "huge", images.read(path), changed | {"guidance_scale": 10**400})
     assert "must be a finite number" in refused(capsys, "generate", "--from", str(huge))
+    gone = changed | {"model": str(tmp_path / "gone")}
+    path = images.save(tmp_path, "gone", images.read(path), gone)
     assert "there is no model at" in refused(capsys, "generate", "--from", str(path))
 
 
@@ -272,17 +274,49 @@ def test_a_remembered_hash_is_forgotten_when_the_file_changes(tmp_path):
 
 
 def test_interrupted_it_says_what_was_saved(model, monkeypatch, capsys):
-    from sdjax.cli import generate
+    """By then the weights are on all devices, once for all batches, and the image names nobody."""
+    import jax
+    from jax.sharding import NamedSharding
+
+    from sdjax.cli import command, generate
 
     def stopped(wanted, model, params, progress):
+        assert all(isinstance(p.sharding, NamedSharding) for p in jax.tree.leaves(params))
         yield generate.Job("a cat", 1), np.zeros((8, 8, 3), np.uint8)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(generate, "made", stopped)
+    monkeypatch.setenv("HOME", str(model.parent))
     asked = ["generate", "a cat", "--count", "3", "--seed", "1", "--model", str(model)]
     assert main([*asked, "--no-cache"]) == 130
     assert "stopped: 1 of 3 images were saved in images" in capsys.readouterr().err
-    assert os.path.exists("images/a-cat-1.png")
+    assert settings_of("images/a-cat-1.png")["model"] == "~/tiny"
+    asked = command.parser().parse_args(["generate", "--from", "images/a-cat-1.png"])
+    assert request.read(asked).model == str(model)
+
+
+def test_paths_under_home_are_told_from_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "anna"))
+    for path, told in (("anna/models/x", "~/models/x"), ("annabel/x", None), ("x", None)):
+        path = str(tmp_path / path)
+        assert request.from_home(path) == (told or path)
+        assert request.near_home(request.from_home(path)) == path
+    assert request.from_home("x") == str(tmp_path / "x")  # whatever the folder it is asked from
+
+
+def test_float16_is_computed_in_bfloat16_off_the_cpu(capsys):
+    from types import SimpleNamespace
+
+    from sdjax.cli import generate
+
+    def chosen(stored, cpu):
+        unet = SimpleNamespace(tensors={"conv_in.weight": np.zeros(1, stored)})
+        return generate.default_dtype(SimpleNamespace(networks={"unet": unet}), cpu)
+
+    assert chosen("float16", True) == "float32" and chosen("float32", False) is None
+    assert capsys.readouterr().err == ""
+    assert chosen("float16", False) == "bfloat16"
+    assert "bfloat16 is used" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_with_130_and_no_traceback(model):

@@ -179,7 +179,7 @@ def common_settings(wanted: Request, model: "Model") -> dict[str, Any]:
     if plan.note:
         note(plan.note)
     names = {kind: name for name, kind in profiles.SAMPLERS.items()}
-    here = os.path.exists(wanted.model)
+    here, config = os.path.exists(wanted.model), wanted.config
     return {
         "version": __version__,
         "negative_prompt": wanted.negative,
@@ -192,9 +192,9 @@ def common_settings(wanted: Request, model: "Model") -> dict[str, Any]:
         "width": wanted.width,
         "dtype": wanted.dtype,
         "batch": wanted.batch,
-        "model": os.path.abspath(wanted.model) if here else wanted.model,
+        "model": request.from_home(wanted.model) if here else wanted.model,
         "model_name": Path(wanted.model).stem if here else wanted.model,
-        "config": wanted.config,
+        "config": request.from_home(config) if config and os.path.exists(config) else config,
         "ema": wanted.ema,
         "variant": wanted.variant,
         "scheduler": model.scheduler.dict(),

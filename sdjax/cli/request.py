@@ -81,7 +81,7 @@ def read(asked: argparse.Namespace) -> Request:
         dtype=dtype,
         batch=batch,
         model=model,
-        config=asked.config or (_text("config", old.get("config")) if same else None),
+        config=asked.config or (_config(old) if same else None),
         ema=asked.ema or (same and old.get("ema") is True),
         variant=asked.variant or (_text("variant", old.get("variant")) if same else None),
         folder=place[0],
@@ -134,6 +134,18 @@ def side(name: str, value: Any) -> int | None:
     return pixels
 
 
+def from_home(path: str) -> str:
+    """A path as an image says it: under the user's home as ~, which names nobody."""
+    path, home = os.path.abspath(path), os.path.abspath(os.path.expanduser("~"))
+    inside = path.startswith(home.rstrip(os.sep) + os.sep)
+    return os.path.join("~", os.path.relpath(path, home)) if inside else path
+
+
+def near_home(path: str) -> str:
+    """The inverse of `from_home`; what is there under the very name goes first."""
+    return path if os.path.lexists(path) else os.path.expanduser(path)
+
+
 def _shown(value: Any) -> str:
     """A value as the user wrote it, in quotes where it is no plain word."""
     text = str(value)
@@ -184,7 +196,7 @@ def _model(value: Any, source: str | None) -> str:
             "no model was given: add --model PATH, a diffusers folder, a .safetensors or .ckpt "
             "file, or a hub id such as org/name"
         )
-    value = _text("model", value)
+    value = near_home(valid(value, "model"))
     if "\0" in value:
         raise InputError(f"model {ascii(value):.80} is no path")
     hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", value)
