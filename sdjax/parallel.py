@@ -100,8 +100,8 @@ class Parts(NamedTuple):
         leaves, structure = jax.tree.flatten(tree)
         axes = tuple(axis(leaf) for leaf in leaves)
         # Random keys travel as the integers that they are made of.
-        kinds = tuple(jax.random.key_impl(leaf) if _is_key(leaf) else None for leaf in leaves)
-        leaves = [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in leaves]
+        kinds = tuple(jax.random.key_impl(leaf) if is_key(leaf) else None for leaf in leaves)
+        leaves = [jax.random.key_data(leaf) if is_key(leaf) else leaf for leaf in leaves]
         pairs = list(zip(leaves, axes, strict=True))
         shared = tuple(leaf for leaf, at in pairs if at is None)
         each = tuple(np.moveaxis(np.asarray(leaf), at, 0) for leaf, at in pairs if at is not None)
@@ -118,5 +118,6 @@ class Parts(NamedTuple):
         return jax.tree.unflatten(structure, leaves)
 
 
-def _is_key(leaf: Any) -> bool:
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of random keys."""
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -425,6 +425,7 @@ class Undecorated:
         (dict(sampler=sdjax.Euler), "pass Euler\\(\\)"),
         (dict(sampler=Undecorated()), "@sdjax.pytree"),
         (dict(noise=np.random.default_rng), "noise must be keys"),
+        (dict(noise=np.zeros((2, 2), np.uint32)), "noise must be keys"),
         (dict(latents=np.zeros((2, 4, 8, 8), np.float32)), "latents must be"),
         (dict(latents=np.full((2, 8, 8, 4), np.nan)), "latents must be finite"),
     ],

@@ -240,7 +240,7 @@ def _checked(noise: Any, steps: int, shape: tuple) -> tuple[Any, Callable[[Any],
     """The caller's noise, and which axis of its leaves counts images."""
     if noise is None:
         return None, lambda leaf: None
-    if isinstance(noise, jax.Array):  # keys [b], as `sample` takes them
+    if parallel.is_key(noise):  # [b], as `sample` takes them
         noise = White(noise, shape[1:])
     if isinstance(noise, Tape):
         noise.check(steps, shape)
