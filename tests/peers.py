@@ -231,12 +231,15 @@ def flax_params(model):
     return params
 
 
+# For `jax.jit`: compiled in half the time, for programs that run once and must only be right.
+QUICK = {"xla_backend_optimization_level": 0}
+
+
 def quick_jit(function):
-    """`jax.jit`, compiled in half the time: for programs that run once and must only be right."""
+    """`jax.jit` with these options."""
     import jax
 
-    options = {"xla_backend_optimization_level": 0}
-    return lambda *args: jax.jit(function).lower(*args).compile(compiler_options=options)(*args)
+    return lambda *args: jax.jit(function).lower(*args).compile(compiler_options=QUICK)(*args)
 
 
 def relative_error(ours, theirs):

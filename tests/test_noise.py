@@ -1,8 +1,7 @@
-"""Noise is a function of an image's seed, step and draw, bit for bit."""
+"""Noise is a function of an image's seed, step and draw, bit for bit.
 
-import os
-import subprocess
-import sys
+That devices do not change it is test_parallel's.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +36,7 @@ def test_what_is_not_a_seed_is_refused(seed):
 
 @pytest.mark.parametrize("shape", [(64, 64, 4), (8, 24, 4)])
 def test_an_image_has_its_noise_in_any_company(shape):
-    """Alone, in batches of 1 to 9, in any order, jitted and not, inside a scan: the same bits."""
+    """Alone, in batches of 2 to 9, in any order, jitted and not, inside a scan: the same bits."""
     keys = noise.keys(SEEDS)
     step = jnp.int32(3)
 
@@ -49,7 +48,7 @@ def test_an_image_has_its_noise_in_any_company(shape):
     alone = [np.stack(jitted(keys[i : i + 1], step), 1)[0] for i in range(9)]
     assert len({a.tobytes() for a in alone}) == 9
     order = np.random.default_rng(0).permutation(9)
-    for size in (1, 2, 3, 5, 9) if shape[0] < 64 else (1, 3, 4, 9):
+    for size in (2, 5, 9) if shape[0] < 64 else (3, 9):
         pick = order[:size]
         for run in (jitted, both) if size == 5 else (jitted,):
             for i, row in zip(pick, np.stack(run(keys[pick], step), 1), strict=True):
@@ -95,26 +94,3 @@ def test_a_tape_repeats_its_recording():
     assert (tape.image_axis, short.image_axis) == (2, 1)
     with pytest.raises(InputError, match="2 times"):
         short(jnp.int32(1), SIGMA, SIGMA, 1)
-
-
-DEVICES = """
-import jax, jax.numpy as jnp, numpy as np
-from sdjax.diffusion import noise
-assert jax.local_device_count() == 8
-keys = noise.keys(range(16))
-def both(keys, step):
-    white = noise.White(keys, (8, 24, 4))
-    return noise.start(keys, (8, 24, 4)), white(step, jnp.float32(1), jnp.float32(1))
-want = both(keys, jnp.int32(2))
-for devices in (2, 8):
-    run = jax.pmap(both, in_axes=(0, None), devices=jax.devices()[:devices])
-    got = run(keys.reshape(devices, -1), jnp.int32(2))
-    for a, b in zip(want, got):
-        assert np.array_equal(a, np.asarray(b).reshape(a.shape)), devices
-"""
-
-
-def test_devices_do_not_change_noise():
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    env["JAX_PLATFORMS"] = "cpu"
-    subprocess.run([sys.executable, "-c", DEVICES], check=True, env=env, timeout=300)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from peers import QUICK
 
 from sdjax.diffusion import guidance, noise, profiles, sampling
 from sdjax.diffusion.plan import batch
@@ -144,7 +145,7 @@ def _denoise(schedule, sigmas, timesteps, x, sigma):
     return to_x0(schedule, network(x / jnp.sqrt(1 + sigma**2), t), x, sigma)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def _run(schedule, sampler, sigmas, timesteps, clip, x, draws):
     denoise = functools.partial(_denoise, schedule, sigmas, timesteps)
     if clip is not None:

@@ -1,9 +1,12 @@
 """One battery that every sampler passes by being listed, and each against its own equations."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from peers import QUICK
 
 from sdjax.diffusion import noise, sampling, spacings
 from sdjax.diffusion.analytic import Gaussian, GaussianMixture
@@ -51,9 +54,20 @@ def mixture64(x, sigma):
     return (share[..., None, None, None] * each).sum(1)
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=QUICK)
 def run(sampler, x, sigmas, draws):
     return sampling.sample(sampler, MIXTURE, x, sigmas, noise.Tape(draws))
+
+
+@functools.partial(jax.jit, compiler_options=QUICK)
+def slopes(sampler, x, sigmas):
+    """The sum of squares of where a run ends, and its gradients."""
+
+    def loss(x, sigmas, sampler):
+        data = Gaussian(0.7, 1.3)
+        return jnp.sum(sampling.sample(sampler, data, x, sigmas, noise.Tape(DRAWS)) ** 2)
+
+    return jax.value_and_grad(loss, (0, 1, 2))(x, sigmas, sampler)
 
 
 def go(sampler, x, sigmas, draws=DRAWS):
@@ -148,14 +162,9 @@ def test_a_step_that_goes_nowhere_ends_the_image(name):
 
 
 def test_few_steps_and_gradients_are_finite(name):
-    sampler = leaves32(SAMPLERS[name])
-
-    def loss(x, sigmas, sampler):
-        return jnp.sum(run(sampler, x, sigmas, DRAWS) ** 2)
-
     rows = [SIGMAS[[0, -1]], SIGMAS[[0, 3, -1]], SIGMAS[[0, 2, 4, -1]]]  # n = 1, 2, 3
     sigmas = jnp.asarray(spacings.pad(rows, N + 1), jnp.float32)
-    value, grads = jax.value_and_grad(loss, (0, 1, 2))(START, sigmas, sampler)
+    value, grads = slopes(leaves32(SAMPLERS[name]), START, sigmas)
     assert np.isfinite(value)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
     assert np.abs(grads[0]).max() > 0
@@ -229,7 +238,8 @@ def test_chains_end_in_the_gaussian(name):
     sigmas = spacings.karras(n, 0.02, 40.0).astype(np.float32)
     keys = noise.keys(range(chains))
     x = 0.7 + jnp.sqrt(1.3**2 + 40.0**2) * noise.start(keys, (1, 1, 1))
-    x = np.asarray(jax.jit(lambda s, x: sampling.sample(s, data, x, sigmas, keys))(sampler, x))
+    whole = jax.jit(lambda *args: sampling.sample(*args, sigmas, keys), compiler_options=QUICK)
+    x = np.asarray(whole(sampler, data, x))
     assert abs(x.mean() - 0.7) < 3 * 1.3 / chains**0.5
     assert abs(x.var() / 1.3**2 - 1) < 3 * (2 / chains) ** 0.5 + 0.03
 

@@ -1,9 +1,12 @@
 """The scan: whole, in segments, and what it refuses."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from peers import QUICK
 
 from sdjax.diffusion import noise, sampling, spacings
 from sdjax.diffusion.analytic import Gaussian
@@ -15,6 +18,12 @@ DATA = Gaussian(0.5, 1.0)
 X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 4, 2), np.float32)) * 10
 SIGMAS = spacings.karras(7, 0.1, 10.0).astype(np.float32)
 KEYS = noise.keys([3, 4])
+quick = functools.partial(jax.jit, compiler_options=QUICK)
+
+
+@functools.cache
+def whole(sampler):
+    return quick(sampling.sample)(leaves32(sampler), DATA, X, SIGMAS, KEYS)
 
 
 @pytest.mark.parametrize("sampler", [DPMSolverPP2M(), EulerAncestral()])
@@ -27,24 +36,24 @@ def test_segments_give_what_the_whole_gives_with_one_program(sampler, length):
         traces.append(1)
         return sampling.scan(*args, length=length)
 
-    segment = jax.jit(count, static_argnames="length", donate_argnums=2)
-    sampler = leaves32(sampler)
-    whole = jax.jit(sampling.sample)(sampler, DATA, X, SIGMAS, KEYS)
+    segment = quick(count, static_argnames="length", donate_argnums=2)
+    want, sampler = whole(sampler), leaves32(sampler)
     carry = sampling.begin(sampler, X + 0)
     for start in range(0, 7, length):
         carry = segment(sampler, DATA, carry, SIGMAS, KEYS, start, length=length)
-    np.testing.assert_allclose(carry.x, whole, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(carry.x, want, rtol=1e-6, atol=1e-6)
     assert len(traces) == 1
 
 
 @pytest.mark.parametrize("length", [2, 4])
 def test_segments_of_ragged_schedules(length):
     sigmas = spacings.pad([spacings.karras(n, 0.1, 10.0) for n in (3, 7)]).astype(np.float32)
-    whole = sampling.sample(DPMSolverPP2M(), DATA, X, sigmas)
+    segment = quick(sampling.scan, static_argnums=6)
+    want = quick(sampling.sample)(leaves32(DPMSolverPP2M()), DATA, X, sigmas)
     carry = sampling.begin(DPMSolverPP2M(), X)
     for start in range(0, 7, length):
-        carry = sampling.scan(DPMSolverPP2M(), DATA, carry, sigmas, None, jnp.int32(start), length)
-    np.testing.assert_allclose(carry.x, whole, rtol=1e-6, atol=1e-6)
+        carry = segment(leaves32(DPMSolverPP2M()), DATA, carry, sigmas, None, start, length)
+    np.testing.assert_allclose(carry.x, want, rtol=1e-6, atol=1e-6)
 
 
 def test_nothing_is_shown_sigma_0_nor_asked_past_the_end():
@@ -106,9 +115,9 @@ def test_a_sampler_that_draws_refuses_no_noise(sampler):
 
 def test_deterministic_samplers_need_no_noise_even_traced():
     for sampler in (Euler(), DDIM(), DPMSolverPP2M()):
-        x = jax.jit(lambda s: sampling.sample(s, DATA, X, SIGMAS))(leaves32(sampler))
+        x = quick(lambda s: sampling.sample(s, DATA, X, SIGMAS))(leaves32(sampler))
         assert np.isfinite(x).all()
-    loud = jax.jit(lambda s: sampling.sample(s, DATA, X, SIGMAS))(leaves32(DDIM(eta=1.0)))
+    loud = quick(lambda s: sampling.sample(s, DATA, X, SIGMAS))(leaves32(DDIM(eta=1.0)))
     assert np.isnan(loud).all()
 
 
@@ -142,7 +151,7 @@ def test_the_state_is_float32_whatever_the_start():
 
 def test_eager_and_jitted_agree():
     eager = sampling.sample(DPMSolverPP2M(), DATA, X, SIGMAS)
-    jitted = jax.jit(sampling.sample)(leaves32(DPMSolverPP2M()), DATA, X, SIGMAS)
+    jitted = quick(sampling.sample)(leaves32(DPMSolverPP2M()), DATA, X, SIGMAS)
     x, state = sampling.begin(DPMSolverPP2M(), X)
     for i in range(7):
         x, state = sampling.scan(
