@@ -118,6 +118,20 @@ def test_group_norm_does_not_cancel_when_the_mean_is_large(mean):
     assert abs(float(y.std()) - 1) < 1e-4
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("mean", [0.3, 30.0, -100.0])
+@pytest.mark.parametrize("kind", ["group", "layer"])
+def test_half_precision_norms_are_exact_to_the_rounding_of_their_result(kind, mean, dtype):
+    x = normal(2, 48, 64, 32, mean=mean, std=3.0).astype(dtype)
+    module = GroupNorm(4, 1e-5) if kind == "group" else LayerNorm(1e-5)
+    got = module.apply({"params": {"scale": jnp.ones(32), "bias": jnp.zeros(32)}}, x)
+    assert got.dtype == x.dtype
+    rows = np.asarray(x if kind == "group" else x.reshape(-1, 1, 32), np.float64)
+    want = group_norm64(rows, 4 if kind == "group" else 1, 1, 0, 1e-5).reshape(x.shape)
+    half_a_unit = 2**-8 if dtype == "bfloat16" else 2**-11
+    np.testing.assert_allclose(np.float64(got), want, rtol=1.1 * half_a_unit, atol=1e-4)
+
+
 def test_group_norm_survives_channels_that_differ_and_constant_input():
     x = normal(1, 16, 16, 4) + jnp.asarray([0.0, 1e3, -50.0, 2.0])
     params = {"params": {"scale": jnp.ones(4), "bias": jnp.zeros(4)}}
