@@ -111,7 +111,8 @@ def imagewise(
 ) -> Float[Array, "b s h d"]:
     """One image and so many queries at a time that their scores, [h, n, t], stay in a TPU's VMEM.
 
-    The softmax's sum is a column of ones beside v.
+    The softmax's sum is a column of ones beside v. The result takes the place of the queries, so
+    that no array has to be filled first or copied together after.
     """
     b, s, h, d = q.shape
     t = k.shape[1]
@@ -119,7 +120,6 @@ def imagewise(
     rows = s if s <= most else next((n for n in range(most, 0, -128) if s % n == 0), most)
     blocks = -(-s // rows)
     queries = jnp.pad(q, ((0, 0), (0, blocks * rows - s), (0, 0), (0, 0)))
-    values = jnp.concatenate([v, jnp.ones((b, t, h, 1), v.dtype)], axis=-1)
 
     def block(start: Int[Array, ""], query: Array, key: Array, value: Array) -> Array:
         scores = jnp.einsum("shd,thd->hst", query, key, preferred_element_type=jnp.float32)
@@ -130,15 +130,19 @@ def imagewise(
         total = jnp.einsum("hst,thd->hsd", weights, value, preferred_element_type=jnp.float32)
         return (total[..., :d] / total[..., d:]).astype(q.dtype).swapaxes(0, 1)
 
-    def image(queries: Array, key: Array, value: Array) -> Array:
-        if blocks == 1:
-            return block(jnp.int32(0), queries, key, value)
-        starts = rows * jnp.arange(blocks)
-        queries = queries.reshape(blocks, rows, h, d)
-        y = lax.map(lambda one: block(one[0], one[1], key, value), (starts, queries))
-        return y.reshape(-1, h, d)
+    def image(i: Array, y: Array) -> Array:
+        key = lax.dynamic_index_in_dim(k, i, keepdims=False)
+        value = lax.dynamic_index_in_dim(v, i, keepdims=False)
+        value = jnp.concatenate([value, jnp.ones((t, h, 1), v.dtype)], axis=-1)
 
-    return lax.map(lambda one: image(*one), (queries, k, values))[:, :s]
+        def some(j: Array, y: Array) -> Array:
+            query = lax.dynamic_slice(y, (i, rows * j, 0, 0), (1, rows, h, d))[0]
+            done = block(rows * j, query, key, value)[None]
+            return lax.dynamic_update_slice(y, done, (i, rows * j, 0, 0))
+
+        return lax.fori_loop(0, blocks, some, y)
+
+    return lax.fori_loop(0, b, image, queries)[:, :s]
 
 
 def _heads(x: Float[Array, "b s h d"]) -> Float[Array, "bh s d"]:
