@@ -44,7 +44,8 @@ def test_attention_equals_softmax_attention_in_float64(shape, causal):
 def test_large_scores_neither_overflow_nor_lose_the_largest():
     q, k, v = arrays(1, 600, 600, 1, 16, size=30.0)
     got = attention(q, k, v)
-    np.testing.assert_allclose(got, exact(q, k, v), atol=30 * 3e-4)
+    # Scores reach thousands, where float32 is 2e-4 apart: so much of a value is uncertain.
+    np.testing.assert_allclose(got, exact(q, k, v), atol=3e-4 * np.abs(v).max())
 
 
 def test_a_scale_replaces_the_square_root():
@@ -87,11 +88,11 @@ def test_a_batch_of_batches_can_be_mapped():
 
 
 def test_only_the_platform_of_the_program_is_compiled():
-    q, k, v = arrays(2, 600, 521, 1, 8)
+    q, k, v = arrays(2, 1500, 521, 1, 8)
     cpu = jax.jit(attention).trace(q, k, v).lower(lowering_platforms=("cpu",)).as_text()
     tpu = jax.jit(attention).trace(q, k, v).lower(lowering_platforms=("tpu",)).as_text()
-    assert cpu.count("stablehlo.while") == 2 and "600x521xf32" not in cpu
-    assert tpu.count("stablehlo.while") == 2 and "1x600x521xf32" in tpu
+    assert cpu.count("stablehlo.while") == 2 and "1500x521xf32" not in cpu
+    assert tpu.count("stablehlo.while") == 2 and "1x1500x521xf32" in tpu
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -106,5 +107,14 @@ def test_the_form_for_tpus_equals_the_others(monkeypatch, s, most, causal):
 
 def test_a_short_text_is_computed_plainly():
     q, k, v = arrays(1, 256, 77, 1, 8)
-    assert 256 * 77 < module._BLOCK**2
+    assert 256 * 77 < module._FEW_SCORES
     np.testing.assert_allclose(attention(q, k, v), blocked(q, k, v, False, 8**-0.5), atol=2e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_blocks_of_queries_and_pieces_of_keys_change_nothing(monkeypatch, causal):
+    monkeypatch.setattr(module, "_BLOCK", 128)
+    monkeypatch.setattr(module, "_KEYS", 100)
+    q, k, v = arrays(1, 300, 300, 2, 8)
+    got = jax.jit(lambda *a: blocked(*a, causal, 8**-0.5))(q, k, v)
+    np.testing.assert_allclose(got, exact(q, k, v, causal), atol=2e-6)

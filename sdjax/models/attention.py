@@ -7,8 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-_BLOCK = 512
+_BLOCK = 1024
+_KEYS = 4096
 _PIECES = 16
+_FEW_SCORES = 512 * 512
 _FAST_BYTES = 32 * 2**20
 
 
@@ -32,7 +34,7 @@ def attention(
     keeps no scores.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if q.shape[1] * k.shape[1] < _BLOCK * _BLOCK:
+    if q.shape[1] * k.shape[1] < _FEW_SCORES:
         return plain(q, k, v, causal, scale)
     if _flash_fits(q, k):
         return _cuda_or_other(q, k, v, causal, scale)
@@ -62,7 +64,7 @@ def blocked(
     causal: bool,
     scale: float,
 ) -> Float[Array, "b s h d"]:
-    """One head and 512 queries at a time, keys in pieces, so that the scores stay in a cache.
+    """One head and at most 1024 queries at a time, keys in pieces, to keep the scores in a cache.
 
     The softmax is taken online (Milakov and Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022,
     arXiv 2205.14135): its sum is a column of ones beside v, its maximum rescales what was summed
@@ -71,22 +73,23 @@ def blocked(
     b, s, h, d = q.shape
     t = k.shape[1]
     blocks = -(-s // _BLOCK)
-    piece = max(_BLOCK, -(-t // _PIECES))
-    queries = jnp.pad(_heads(q), ((0, 0), (0, blocks * _BLOCK - s), (0, 0)))
-    queries = queries.reshape(b * h, blocks, _BLOCK, d)
+    rows = -(-s // blocks)
+    piece = max(_KEYS, -(-t // _PIECES))
+    queries = jnp.pad(_heads(q), ((0, 0), (0, blocks * rows - s), (0, 0)))
+    queries = queries.reshape(b * h, blocks, rows, d)
     keys = _heads(k).swapaxes(1, 2)
     values = _heads(v)
     values = jnp.concatenate([values, jnp.ones((b * h, t, 1), v.dtype)], axis=-1)
 
     @jax.checkpoint
     def block(start: Int[Array, ""], query: Array, key: Array, value: Array) -> Float[Array, "n d"]:
-        top = jnp.full((_BLOCK, 1), -jnp.inf)
-        total = jnp.zeros((_BLOCK, d + 1))
+        top = jnp.full((rows, 1), -jnp.inf)
+        total = jnp.zeros((rows, d + 1))
         for left in range(0, t, piece):
             right = min(left + piece, t)
             scores = jnp.dot(query, key[:, left:right], preferred_element_type=jnp.float32)
             if causal:
-                row = start + jnp.arange(_BLOCK)[:, None]
+                row = start + jnp.arange(rows)[:, None]
                 scores = jnp.where(row >= jnp.arange(left, right), scores, -jnp.inf)
             last, top = top, jnp.maximum(top, lax.stop_gradient(scores.max(-1, keepdims=True)))
             weights = jnp.exp(scale * (scores - top)).astype(v.dtype)
@@ -95,7 +98,7 @@ def blocked(
         return (total[:, :d] / total[:, d:]).astype(q.dtype)
 
     def head(queries: Array, key: Array, value: Array) -> Array:
-        starts = _BLOCK * jnp.arange(blocks)
+        starts = rows * jnp.arange(blocks)
         return lax.map(lambda one: block(one[0], one[1], key, value), (starts, queries))
 
     y = lax.map(lambda one: head(*one), (queries, keys, values))
