@@ -389,7 +389,7 @@ def test_pixels_that_are_not_finite_are_black_and_said(sd1):
     conv = params["vae"]["decoder"]["conv_out"]
     broken = conv | {"bias": conv["bias"].at[0].set(jnp.nan)}
     vae = params["vae"] | {"decoder": params["vae"]["decoder"] | {"conv_out": broken}}
-    with pytest.warns(UserWarning, match=r"images \[0\] hold NaN"):
+    with pytest.warns(RuntimeWarning, match=r"images \[0\] hold NaN"):
         images = pictures((model, params | {"vae": vae}), "a", steps=1)
     assert (images[..., 0] == 0).all()
 

@@ -99,7 +99,7 @@ def latent_shape(model: Model, height: int, width: int) -> tuple[int, int, int]:
 def side(factor: int, name: str, value: Any) -> int:
     """A height or width in pixels that the latent grid can hold."""
     value = _whole(name, value, 1, 65536)
-    factor = max(factor, 8) if factor in (1, 2, 4, 8) else factor
+    factor = max(factor, 8)  # both are powers of two
     if value % factor:
         low, high = value // factor * factor, -(-value // factor) * factor
         mend = f"try {low} or {high}" if low else f"try {high}"

@@ -92,10 +92,11 @@ def text_to_image(
     solver = parallel.Parts.of(leaves32(chosen.sampler), functools.partial(_sampler_axis, size))
     draws = parallel.Parts.of(*_checked(noise, longest, (size, *shape)))
 
+    words = _words(asked.seeds)
     # Everything per image leads with the image: that axis is split over the devices.
     first = {
         "tokens": settings.tokens(model, asked, guided),
-        "keys": _words(asked.seeds),
+        "keys": words,
         "latents": asked.latents,
         "scale": np.float32(chosen.init_scale),
     }
@@ -103,7 +104,7 @@ def text_to_image(
         "sigmas": np.asarray(chosen.sigmas, np.float32).swapaxes(0, 1),
         "timesteps": np.asarray(chosen.timesteps, np.float32).swapaxes(0, 1),
         "guidance_scale": np.asarray(asked.guidance_scales, np.float32).reshape(-1, 1, 1, 1),
-        "keys": _words(asked.seeds),
+        "keys": words,
         "sampler": solver.each,
         "noise": draws.each,
     }
@@ -131,6 +132,7 @@ def text_to_image(
         warnings.warn(
             f"images {np.flatnonzero(~finite).tolist()} hold NaN or infinity, and are black there: "
             "try other weights, a lower guidance_scale, or dtype float32",
+            RuntimeWarning,  # the command silences UserWarnings that it has said itself
             stacklevel=2,
         )
     return result
