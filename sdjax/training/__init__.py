@@ -1,0 +1,1 @@
+"""Training both stages of latent diffusion: losses, data, steps, checkpoints."""
