@@ -13,7 +13,7 @@ FIRST, SECOND = "first_stage", "second_stage"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunTable:
+class Steps:
     """[run]: how long, how much at once, and what is written when."""
 
     out: str = text()
@@ -38,7 +38,7 @@ class RunTable:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelTable:
+class Model:
     """[model]: what is trained, and what it starts from."""
 
     config: str | None = text(None)
@@ -57,7 +57,7 @@ class ModelTable:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataTable:
+class Data:
     """[data]: images and captions."""
 
     source: tuple[str, ...] = texts()
@@ -84,7 +84,7 @@ class DataTable:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerTable:
+class Optimizer:
     """[optimizer]: AdamW (1711.05101) after warm-up, and clipping by the global norm."""
 
     learning_rate: float = number(1e-4, over=True)
@@ -107,7 +107,7 @@ class OptimizerTable:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmaTable:
+class Ema:
     """[ema]: the moving average of the weights that is saved beside them."""
 
     decay: float = number(0.9999, high=1.0, under=True)
@@ -117,7 +117,7 @@ class EmaTable:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossTable:
+class Loss:
     """[loss]: what is made small. The first keys are the second stage's, the others the first's."""
 
     kind: str = choice("l2", ("l2", "l1", "huber"), only=SECOND)
@@ -148,7 +148,7 @@ class LossTable:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraTable:
+class Lora:
     """[lora]: low-rank updates (2106.09685) in place of the weights themselves."""
 
     rank: int = whole(8, low=1, high=4096)
@@ -159,7 +159,7 @@ class LoraTable:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeshTable:
+class Mesh:
     """[mesh]: how devices share the work."""
 
     fsdp: int = whole(1, low=1)
@@ -167,7 +167,7 @@ class MeshTable:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplesTable:
+class Samples:
     """[samples]: what is looked at while training; a first stage shows reconstructions instead."""
 
     prompts: tuple[str, ...] = texts((), only=SECOND)
@@ -186,26 +186,26 @@ class Run:
     """
     description: str | None = text(None)
     """For people; nothing depends on it."""
-    run: RunTable
-    model: ModelTable
-    data: DataTable
-    optimizer: OptimizerTable
-    ema: EmaTable
-    loss: LossTable
-    lora: LoraTable | None
+    run: Steps
+    model: Model
+    data: Data
+    optimizer: Optimizer
+    ema: Ema
+    loss: Loss
+    lora: Lora | None
     """None is full fine-tuning."""
-    mesh: MeshTable
-    samples: SamplesTable
+    mesh: Mesh
+    samples: Samples
 
 
 TABLES: dict[str, type] = {
-    "run": RunTable,
-    "model": ModelTable,
-    "data": DataTable,
-    "optimizer": OptimizerTable,
-    "ema": EmaTable,
-    "loss": LossTable,
-    "lora": LoraTable,
-    "mesh": MeshTable,
-    "samples": SamplesTable,
+    "run": Steps,
+    "model": Model,
+    "data": Data,
+    "optimizer": Optimizer,
+    "ema": Ema,
+    "loss": Loss,
+    "lora": Lora,
+    "mesh": Mesh,
+    "samples": Samples,
 }

@@ -12,10 +12,41 @@ from typing import Any
 from sdjax import config
 from sdjax.errors import InputError
 from sdjax.training.checks import check, completed
-from sdjax.training.schema import FIRST, KINDS, SECOND, TABLES, Run
+from sdjax.training.schema import (
+    FIRST,
+    KINDS,
+    SECOND,
+    TABLES,
+    Data,
+    Ema,
+    Lora,
+    Loss,
+    Mesh,
+    Model,
+    Optimizer,
+    Run,
+    Samples,
+    Steps,
+)
 from sdjax.training.tables import Origin, keep, kinds, read_table, shown, shown_key, unknown_key
 
-__all__ = ["Run", "dumps", "from_dict", "names", "read", "to_dict"]
+__all__ = [
+    "Data",
+    "Ema",
+    "Lora",
+    "Loss",
+    "Mesh",
+    "Model",
+    "Optimizer",
+    "Run",
+    "Samples",
+    "Steps",
+    "dumps",
+    "from_dict",
+    "names",
+    "read",
+    "to_dict",
+]
 
 _PLAIN = {field.name: field for field in fields(Run) if field.name not in TABLES}
 _KNOWN = [*_PLAIN, *(f"{name}.{key}" for name, cls in TABLES.items() for key in kinds(cls))]
