@@ -317,6 +317,8 @@ def _last_norm(last: Any, kernel: Array, towards: Images) -> Scalar:
     return jnp.linalg.norm(pull(towards)[0].reshape(-1))
 
 
-def _keep(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Keep what is dear to compute; norms and activations are computed again."""
-    return primitive.name in ("conv_general_dilated", "dot_general")
+def _keep(primitive: Any, *_: Any, **more: Any) -> bool:
+    """Keep what is dear to compute: convolutions, and products of weights with activations."""
+    if primitive.name == "dot_general":
+        return not more["dimension_numbers"][1][0]
+    return primitive.name in ("custom_jvp_call", "conv_general_dilated")
