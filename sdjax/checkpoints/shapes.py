@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from sdjax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from sdjax.models.lpips import LPIPS
 from sdjax.models.unet import UNet
 from sdjax.models.vae import AutoencoderKL
+from sdjax.models.vq import VQModel
 
 REPEATED = ("__call__", "project_context", "project")
 """The methods that make parameters."""
@@ -31,12 +33,16 @@ def init(module: Any, key: jax.Array) -> Any:
     """A module's parameters from the smallest inputs that reach all of them."""
     if isinstance(module, CLIPTextModel | CLIPTextModelWithProjection):
         return module.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+    if isinstance(module, LPIPS):
+        return module.init(key, *[jnp.zeros((1, 16, 16, 3))] * 2)["params"]
     # A pixel that stays one on the way down leaves fewer kinds of blocks to trace.
     padded = isinstance(module, UNet) and module.downsample_padding > 0
     side = 1 if padded else 2 ** (len(module.block_out_channels) - 1)
     x = jnp.zeros((1, side, side, module.in_channels))
     if isinstance(module, AutoencoderKL):
         return module.init(key, x, method=_autoencode)["params"]
+    if isinstance(module, VQModel):
+        return module.init(key, x)["params"]
     context = jnp.zeros((1, 1, module.cross_attention_dim))
     more: dict[str, Any] = {}
     if module.addition_embed_type == "text_time":
