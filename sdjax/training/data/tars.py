@@ -73,7 +73,7 @@ class Tars:
             )
         if bare:
             warnings.warn(
-                f"{len(bare)} images have no caption and are left out, {bare[0]} the first",
+                f"images without a caption are left out: {len(bare)}, the first {bare[0]}",
                 stacklevel=3,
             )
 
