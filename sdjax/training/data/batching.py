@@ -4,7 +4,7 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -142,7 +142,7 @@ def batches(
     seed: int = 0,
     tokenize: Tokenize | Mapping[str, Tokenize] | None = None,
     flip: bool = False,
-    crop: Literal["center", "random"] = "center",
+    crop: str = "center",
     time_ids: bool = False,
     workers: int = 0,
     shuffle: bool = True,
@@ -152,11 +152,11 @@ def batches(
 ) -> Batches:
     """Batches of a source's examples: dicts of arrays [b, ...] as `training.stage.Batch` has them.
 
-    `pixels`: uint8, resized to cover height x width and cropped; mirrored in half of the cases with
-    `flip`. With `tokenize`, a tokenizer or one for each key ({"ids": .., "ids_2": ..}): int32 ids.
-    With `time_ids`: float32 [b, 6], the stored height and width, the crop's top and left after
-    resizing, height and width (SDXL, arXiv 2307.01952, section 2.2). A cache's examples come as
-    they are, and need no height, width or tokenizer.
+    `pixels`: uint8, resized to cover height x width and cropped, by `crop` at the "center" or at
+    "random"; mirrored in half of the cases with `flip`. With `tokenize`, a tokenizer or one for
+    each key ({"ids": .., "ids_2": ..}): int32 ids. With `time_ids`: float32 [b, 6], the stored
+    height and width, the crop's top and left after resizing, height and width (SDXL, arXiv
+    2307.01952, section 2.2). A cache's examples come as they are, and need none of these.
 
     Batch k is a function of (source, seed, batch_size, k): examples kB to (k+1)B of an endless
     stream in which each epoch is another permutation (in order without `shuffle`), each choice

@@ -63,8 +63,8 @@ def scenes(seed: int, height: int, width: int, length: int | None = None) -> Dra
 
 
 def _scene(seed: int, height: int, width: int, index: int) -> Example:
-    from sdjax.training.scenes import caption, draw, world
+    from sdjax.training import scenes
 
-    scene = world.scene(seed, index)
-    pixels = draw.draw(scene, height, width)
-    return Example(pixels, caption.caption(scene, index), f"scene {index} of seed {seed}")
+    scene = scenes.scene(seed, index)
+    pixels = scenes.draw(scene, height, width)
+    return Example(pixels, scenes.caption(scene, index), f"scene {index} of seed {seed}")

@@ -41,7 +41,7 @@ class Fit:
 
     height: int
     width: int
-    crop: Literal["center", "random"]
+    crop: str
     flip: bool
     time_ids: bool
 
