@@ -88,6 +88,11 @@ class Canvas:
         return np.asarray(small, np.float32) / 255
 
 
+def branch(rng: np.random.Generator) -> np.random.Generator:
+    """A generator of its own, for what may take any number of draws."""
+    return np.random.Generator(np.random.Philox(int(rng.integers(2**62))))
+
+
 def waves(rng: np.random.Generator, x: np.ndarray, length: float, number: int = 3) -> np.ndarray:
     """A smooth random curve over x, about -1..1, whose longest wave takes `length` units."""
     total = np.zeros_like(x)
@@ -105,8 +110,10 @@ def ridge(
     high: tuple[float, float],
 ) -> np.ndarray:
     """A zigzag over x, up to heights in `high` and down to `low`, each about `step` units long."""
-    knots = 2 * (int(x[-1] / step / 1.2) // 2 + 4)
-    at = np.cumsum(rng.uniform(0.8 * step, 1.3 * step, knots)) - 3 * step
-    peaks, valleys = (b[0] + (b[1] - b[0]) * rng.random(knots) for b in (high, low))
-    heights = np.where(np.arange(knots) % 2, peaks, valleys)
+    knots = int(x[-1] / (0.8 * step)) + 6
+    own = branch(rng)  # a wider picture takes more numbers, and must not change what comes after
+    steps, rise = own.random((knots, 2)).T
+    at = np.cumsum((0.8 + 0.5 * steps) * step) - 3 * step
+    low_high = np.asarray([low, high])[np.arange(knots) % 2]
+    heights = low_high[:, 0] + rise * (low_high[:, 1] - low_high[:, 0])
     return np.interp(x, at, heights).astype(np.float32)

@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from sdjax.errors import InputError
-from sdjax.training.scenes.canvas import Canvas, f32, waves
+from sdjax.training.scenes.canvas import Canvas, branch, f32, waves
 from sdjax.training.scenes.land import GROUND, SHORE, paint_backdrop, tint
 from sdjax.training.scenes.layout import Place, layout
 from sdjax.training.scenes.palette import Palette, palette
@@ -66,7 +66,7 @@ def _paint_ground(
     top = c.row(c.horizon - 3)
     y = c.y[top:]
     if scene.water == "sea":
-        edge = 0.735 * c.height + 2.2 * waves(rng, c.x, 90)
+        edge = 0.745 * c.height + 2.2 * waves(rng, c.x, 90)
         c.mix(np.clip((y - c.horizon) * c.unit + 0.5, 0, 1) * np.ones_like(c.x), water, top)
         c.cover(edge - 1.6, tint(colours, ((255, 255, 255), (255, 255, 255)), 0.05))
         c.cover(edge, tint(colours, SHORE, 0.03, snow), 6)
@@ -86,7 +86,7 @@ def _folds(
     snow = 0.9 if scene.weather == "snow" else 0.0
     far, near = f32(GROUND[scene.terrain])
     for n, height in enumerate(heights):
-        edge = height * c.height + (2.2 + 0.8 * n) * waves(rng, c.x, 96)
+        edge = height * c.height + (2.2 + 0.8 * n) * waves(rng, c.x, rng.uniform(70, 150))
         shift = f32(0.35 + 0.25 * n)
         body = far + shift * (near - far)
         lit = tint(colours, (body + 0.5 * (far - body) + 14, body - 12), 0.02, snow)
@@ -94,6 +94,7 @@ def _folds(
     if snow or scene.terrain == "city":
         return
     number = int(16 * c.width / 128)
+    rng = branch(rng)
     x, y = rng.uniform(0, c.width, number), rng.uniform(0.68, 0.99, number) * c.height
     size = 0.5 + 0.9 * (y / c.height - 0.6) / 0.4
     dots = c.marks("dot", zip(x, y, size, np.full(number, 0.75), strict=True), c.height)
@@ -165,6 +166,7 @@ def _veil(c: Canvas, scene: Scene, colours: Palette, rng: np.random.Generator) -
     if scene.weather != "fog":
         return
     banks = max(4, round(4 * c.width / 128))
+    rng = branch(rng)
     for n in range(banks):
         x, y = c.width * (n + rng.uniform(0, 1)) / banks, c.height * rng.uniform(0.4, 0.62)
         wide = rng.uniform(34, 52)
@@ -187,7 +189,8 @@ def _paint_object(
     if band == "ground":
         _shadow(c, place, disc, 0.16 if scene.weather in ("fog", "rain") or colours.dark else 0.3)
     elif band == "water":
-        below = image[::-1][: round(0.55 * len(image)), :] * f32(0.4)
+        below = image[::-1][: round(9 * c.unit)]
+        below = below * np.linspace(0.5, 0, len(below), dtype=np.float32)[:, None, None]
         _paste(c, below, foot - 1, left)
     if colours.dark and kind in ("house", "tower", "tent", "car"):
         _lamplight(c, place)

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.training.scenes.canvas import Canvas, f32, ridge, waves
+from sdjax.training.scenes.canvas import Canvas, branch, f32, ridge, waves
 from sdjax.training.scenes.palette import Palette
 from sdjax.training.scenes.sprites import GLOW
 from sdjax.training.scenes.world import Scene
@@ -102,8 +102,9 @@ def _city(c: Canvas, colours: Palette, rng: np.random.Generator, snow: float) ->
         (0.16, 25, (8, 15), (98, 102, 128)),
     ):
         number = int(c.width / wide[0]) + 4
-        walls = np.cumsum(rng.uniform(*wide, number)) - 10
-        heights = rng.uniform(0.35, 1, number) ** 1.3 * tallest
+        steps, rise = branch(rng).random((number, 2)).T
+        walls = np.cumsum(wide[0] + (wide[1] - wide[0]) * steps) - 10
+        heights = (0.35 + 0.65 * rise) ** 1.3 * tallest
         at = np.clip(np.searchsorted(walls, c.x), 0, number - 1)
         edge = c.horizon - heights[at].astype(np.float32)
         wall = f32(colour)

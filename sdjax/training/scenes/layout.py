@@ -55,7 +55,7 @@ def _slack(total: float, at_side: bool) -> float:
 
 def _foot(scene: Scene, band: str, height: float, tall: float) -> float:
     if band == "water":
-        return height * (0.715 if scene.water == "sea" else 0.7)
+        return height * (0.69 if scene.water == "sea" else 0.695)
     if band == "air":
         return height * 0.29 + tall / 2
     return height * 0.88

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sdjax.training.scenes.canvas import Canvas, f32, waves
+from sdjax.training.scenes.canvas import Canvas, branch, f32, waves
 from sdjax.training.scenes.palette import Palette
 from sdjax.training.scenes.world import KINDS, Scene
 
@@ -18,9 +18,10 @@ def paint_sky(c: Canvas, scene: Scene, colours: Palette, rng: np.random.Generato
     air = [np.interp(t[:, 0], (0.0, 0.55, 1.0), colours.air[:, n]) for n in range(3)]
     c.pixels[:] = np.stack(air, -1).astype(np.float32)[:, None]
     disc = scene.sky in ("sun", "moon")
+    rng = branch(rng)
     x, y = _stand(c, scene, rng)
     if scene.time == "night" and scene.weather in ("clear", "cloudy"):
-        _stars(c, rng, 0.75 if scene.weather == "clear" else 0.3, (x, y) if disc else None)
+        _stars(c, branch(rng), 0.75 if scene.weather == "clear" else 0.3, (x, y) if disc else None)
     if scene.sky == "aurora":
         _aurora(c, rng)
     elif scene.sky == "rainbow":
