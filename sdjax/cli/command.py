@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from sdjax.cli import convert, generate, inspect
+from sdjax.cli import convert, generate, inspect, train
 from sdjax.cli.request import SAMPLERS, SPACINGS
 from sdjax.cli.show import Interrupted, note, say
 from sdjax.errors import InputError
@@ -80,10 +80,33 @@ def parser() -> Parser:
         "--out", metavar="PATH", help="a folder, or a name ending in .png for one image (images)"
     )
     _source(make)
-    make.add_argument(
-        "--cache-dir", metavar="PATH", help="where compiled programs are kept (~/.cache/sdjax/xla)"
+    _cache(make)
+
+    learn = commands.add_parser(
+        "train",
+        help="train a model, or go on with it",
+        description="Train as a TOML file says, or one that ships with sdjax, by its name. A run "
+        "that was stopped, or killed, goes on from its last checkpoint when the command is given "
+        "again. Ctrl-C and SIGTERM save first. The path of what is saved goes to standard output.",
+        allow_abbrev=False,
     )
-    make.add_argument("--no-cache", action="store_true", help="keep no compiled programs")
+    learn.add_argument("config", metavar="CONFIG", help="a .toml file, or a shipped run's name")
+    learn.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a setting, such as optimizer.learning_rate=1e-4; no value takes it away; "
+        "as often as needed",
+    )
+    learn.add_argument("--show", action="store_true", help="print all settings and do nothing")
+    learn.add_argument(
+        "--resume", action="store_true", help="refuse to begin where there is no checkpoint"
+    )
+    learn.add_argument(
+        "--fresh", action="store_true", help="refuse to go on where there is a checkpoint"
+    )
+    _cache(learn)
 
     look = commands.add_parser("inspect", help="say what a checkpoint is", allow_abbrev=False)
     look.add_argument("path", metavar="PATH", help=_MODEL)
@@ -103,6 +126,13 @@ def parser() -> Parser:
     change.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
     _source(change)
     return top
+
+
+def _cache(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--cache-dir", metavar="PATH", help="where compiled programs are kept (~/.cache/sdjax/xla)"
+    )
+    command.add_argument("--no-cache", action="store_true", help="keep no compiled programs")
 
 
 def _source(command: argparse.ArgumentParser) -> None:
@@ -131,7 +161,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(asked: argparse.Namespace) -> None:
-    commands = {"generate": generate.run, "inspect": inspect.run, "convert": convert.run}
+    commands = {
+        "generate": generate.run,
+        "train": train.run,
+        "inspect": inspect.run,
+        "convert": convert.run,
+    }
     if asked.version:
         from sdjax import __version__
 

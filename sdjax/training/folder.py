@@ -1,0 +1,73 @@
+"""A run's folder: whose it is, and that nothing in it is lost."""
+
+import os
+import tempfile
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sdjax.errors import InputError
+from sdjax.training import checks, settings
+from sdjax.training.settings import Run
+
+SETTINGS = "settings.toml"
+CHECKPOINTS = "checkpoints"
+
+
+def prepare(run: Run, *, resume: bool = True) -> Path:
+    """Make `run.out`, or make sure that what is there may be gone on with, and write the settings.
+
+    Without `resume` a folder that holds checkpoints is refused: nothing is ever deleted.
+
+    InputError: the folder is something else's, holds a run with other settings, or cannot be
+    written.
+    """
+    out = Path(run.run.out)
+    if "://" in run.run.out:
+        raise InputError(f"run.out {run.run.out} is no folder of this machine: mount it first")
+    if os.path.lexists(out) and not out.is_dir():
+        raise InputError(f"run.out {out} is a file: give another name")
+    if out.is_dir() and any(out.iterdir()) and not (out / SETTINGS).is_file():
+        raise InputError(
+            f"run.out {out} is not empty and holds no run ({SETTINGS} is not there): "
+            "give another folder"
+        )
+    saved = steps(out)
+    if saved and not resume:
+        raise InputError(
+            f"run.out {out} holds a run that is saved up to step {saved[-1]}: to begin anew give "
+            "run.out another folder, or remove this one"
+        )
+    if saved:
+        checks.check_resumed(_saved_settings(out / SETTINGS), run)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=out, prefix=f".{SETTINGS}", delete=False, encoding="utf-8"
+        ) as file:
+            file.write(settings.dumps(run))
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, out / SETTINGS)
+    except OSError as error:
+        raise InputError(f"run.out {out} cannot be written: {error.strerror}") from None
+    return out
+
+
+def steps(out: Path) -> list[int]:
+    """The steps that a run's folder has checkpoints of, ascending, as far as names tell."""
+    folder = out / CHECKPOINTS
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal() and name.isascii())
+
+
+def _saved_settings(path: Path) -> Run | Mapping[str, Any]:
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): write it again") from None
+    try:
+        # An older sdjax did not write the keys that came since: they are as they always were.
+        return settings.from_dict(tables)
+    except InputError:
+        return tables
