@@ -5,8 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdjax.models.convolution import conv2d, direct, eigen, winograd
-from sdjax.models.layers import Conv, Dense, Embed, GroupNorm, LayerNorm, upsample_nearest
+from sdjax.models.convolution import (
+    conv2d,
+    direct,
+    doubled_conv2d,
+    eigen,
+    upsample_nearest,
+    winograd,
+)
+from sdjax.models.layers import Conv, Dense, Embed, GroupNorm, LayerNorm
 
 
 def normal(*shape, seed=0, mean=0.0, std=1.0):
@@ -91,6 +98,22 @@ def test_conv_takes_the_large_path_with_derivatives_in_both_modes():
 
     for got, want in zip(both(conv2d), both(direct), strict=True):
         close(got, want, 5e-6)
+
+
+def test_a_doubling_convolution_is_the_convolution_of_the_doubled():
+    x, kernel = normal(2, 5, 7, 12), normal(3, 3, 12, 10, seed=1)
+    pads = ((1, 1), (1, 1))
+
+    def both(f):
+        def g(x, k):
+            y, tangent = jax.jvp(lambda x: f(x, k), (x,), (x * x,))
+            return y, tangent, *jax.grad(lambda *a: jnp.sum(jnp.sin(0.1 * f(*a))), (0, 1))(x, k)
+
+        return jax.jit(g)(x, kernel)
+
+    want = both(lambda x, k: direct(upsample_nearest(x), k, 1, pads))
+    for got, one in zip(both(doubled_conv2d), want, strict=True):
+        close(got, one, 5e-6)
 
 
 @pytest.mark.parametrize("act", [None, "silu"])

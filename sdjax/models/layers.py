@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from sdjax.models.convolution import conv2d
+from sdjax.models.convolution import conv2d, doubled_conv2d
 
 _kernel_init = nn.initializers.lecun_normal()
 Padding = int | tuple[tuple[int, int], tuple[int, int]]
@@ -34,7 +34,8 @@ class Dense(nn.Module):
 class Conv(nn.Module):
     """A square 2-d convolution; kernel is HWIO.
 
-    `padding` is one number for all sides, or ((top, bottom), (left, right)).
+    `padding` is one number for all sides, or ((top, bottom), (left, right)). With `double`, a 3x3
+    kernel convolves x after doubling its height and width by repeating pixels.
     """
 
     features: int
@@ -42,6 +43,7 @@ class Conv(nn.Module):
     stride: int = 1
     padding: Padding = 1
     use_bias: bool = True
+    double: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W features"]:
@@ -51,7 +53,9 @@ class Conv(nn.Module):
         kernel = kernel.astype(x.dtype)
         pad = self.padding
         pads = ((pad, pad), (pad, pad)) if isinstance(pad, int) else pad
-        if size == 1 and self.stride == 1 and not any(map(any, pads)):
+        if self.double:
+            y = doubled_conv2d(x, kernel)
+        elif size == 1 and self.stride == 1 and not any(map(any, pads)):
             y = jnp.dot(x, kernel[0, 0])
         else:
             y = conv2d(x, kernel, self.stride, pads)
@@ -155,10 +159,3 @@ class Embed(nn.Module):
         init = nn.initializers.normal(1 / math.sqrt(self.features))
         table = self.param("embedding", init, (self.num, self.features))
         return jnp.take(table, ids, axis=0)
-
-
-def upsample_nearest(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-    """Double height and width by repeating pixels."""
-    b, h, w, c = x.shape
-    y = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c))
-    return y.reshape(b, 2 * h, 2 * w, c)

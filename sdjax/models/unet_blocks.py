@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sdjax.models.layers import Conv, upsample_nearest
+from sdjax.models.layers import Conv
 from sdjax.models.resnet import Downsample, ResnetBlock
 from sdjax.models.unet_transformer import Projected, SpatialTransformer
 
@@ -156,11 +156,10 @@ class Upsample(nn.Module):
     ) -> Float[Array, "b H W channels"]:
         """Return [b, *size, channels]."""
         h, w = x.shape[1:3]
-        if size == (2 * h, 2 * w):
-            x = upsample_nearest(x)
-        else:
+        double = size == (2 * h, 2 * w)
+        if not double:
             x = x[:, np.arange(size[0]) * h // size[0]][:, :, np.arange(size[1]) * w // size[1]]
-        return Conv(self.channels, name="conv")(x)
+        return Conv(self.channels, double=double, name="conv")(x)
 
 
 def _project(

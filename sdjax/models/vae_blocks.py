@@ -4,7 +4,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from sdjax.models.attention import attention
-from sdjax.models.layers import Conv, Dense, GroupNorm, upsample_nearest
+from sdjax.models.layers import Conv, Dense, GroupNorm
 from sdjax.models.resnet import Downsample, ResnetBlock
 
 EPSILON = 1e-6
@@ -98,7 +98,7 @@ class Upsample(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 channels"]:
         """Return [b, 2h, 2w, channels]."""
-        return Conv(self.channels, name="conv")(upsample_nearest(x))
+        return Conv(self.channels, double=True, name="conv")(x)
 
 
 class MidBlock(nn.Module):
