@@ -12,7 +12,9 @@ import pytest
 from sdjax import config
 from sdjax.diffusion import profiles
 from sdjax.errors import InputError
-from sdjax.training import checks, schema, settings
+from sdjax.training import checks, losses, schema, settings
+from sdjax.training.first_stage_loss import FirstStageLoss
+from sdjax.training.lora import Lora as LoraTargets
 
 SECOND = """
 kind = "second_stage"
@@ -126,6 +128,7 @@ def test_a_wrong_override_is_refused_with_its_key_and_the_mend(override, sentenc
         (["loss.zero_snr=true", "loss.prediction=epsilon"], 'take "v_prediction"'),
         (["data.count=9", "data.source=images"], "data.count is for scenes, which is endless"),
         (["data.cache=c", "data.count=9", "data.crop=random"], "data.cache holds one crop"),
+        (["data.cache=c", "data.count=9", "data.flip=true"], "data.cache holds an image one way"),
         (["model.config=", "model.load=a/b", "lora.targets=[]"], "lora.targets is an empty list"),
         (["kind=measure", "model.vae="], "model.vae is missing: the latents of a trained first"),
     ],
@@ -229,8 +232,22 @@ def test_the_defaults_pass_their_own_checks():
                 assert kind.keep(default) == default, f"{cls.__name__}.{field.name}"
 
 
-def test_samplers_are_those_that_there_are():
+def test_names_are_those_that_there_are():
     assert schema.SAMPLERS == tuple(profiles.SAMPLERS)
+    assert (schema.DISTANCES, schema.TIMESTEPS) == (losses.DISTANCES, losses.TIMESTEPS)
+    assert set(LoraTargets().targets) == set(schema.Lora().targets)
+
+
+def test_defaults_are_those_of_the_losses():
+    ours, theirs = schema.Loss(), losses.DiffusionLoss()
+    for name in ("kind", "huber_scale", "timesteps", "perturbation", "min_snr_gamma"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    first = FirstStageLoss()
+    renamed = {"pixel": "pixel_loss", "codebook_beta": "beta", "codebook_decay": "ema_decay"}
+    same = ("reduction", "learn_logvar", "kl_weight", "codebook_weight", "perceptual_weight")
+    same += ("disc_start", "disc_weight", "disc_factor", "disc_loss", *renamed)
+    for name in same:
+        assert getattr(ours, name) == getattr(first, renamed.get(name, name)), name
 
 
 def test_a_resumed_run_keeps_what_its_weights_depend_on():

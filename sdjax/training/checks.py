@@ -98,6 +98,10 @@ def _contradictions(run: "Run") -> list[tuple[bool, str]]:
             "data.cache holds latents and model.train has the vae that makes them: take one away",
         ),
         (
+            data.cache is not None and data.flip,
+            "data.cache holds an image one way round: take data.flip away, or the cache",
+        ),
+        (
             run.lora is not None and not run.lora.targets,
             "lora.targets is an empty list: name the layers, such as to_q",
         ),

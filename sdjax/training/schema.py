@@ -9,6 +9,10 @@ NETWORKS = ("unet", "text_encoder", "text_encoder_2", "vae")
 SAMPLERS = ("euler", "euler_ancestral", "heun", "ddim", "ddpm", "dpmpp_2m")
 """As in diffusion.profiles, which a test holds them against: refusing should not wait for jax."""
 
+DISTANCES = ("l2", "l1", "huber")
+TIMESTEPS = ("uniform", "cubic", "logit_normal")
+"""As in training.losses, for the same reason."""
+
 FIRST, SECOND = "first_stage", "second_stage"
 
 
@@ -120,7 +124,13 @@ class Ema:
 class Loss:
     """[loss]: what is made small. The first keys are the second stage's, the others the first's."""
 
-    kind: str = choice("l2", ("l2", "l1", "huber"), only=SECOND)
+    kind: str = choice("l2", DISTANCES, only=SECOND)
+    huber_scale: float = number(0.1, over=True, only=SECOND)
+    """Where huber turns from square to straight."""
+    timesteps: str = choice("uniform", TIMESTEPS, only=SECOND)
+    """How noise levels are drawn: cubic has more of the noisy ones, logit_normal of the middle."""
+    perturbation: float = number(0.0, high=1.0, only=SECOND)
+    """Noise on the network's input alone (2301.11706, 0.1 there); 0 is off."""
     min_snr_gamma: float | None = number(None, over=True, only=SECOND)
     """Where min-SNR weighting caps the SNR (2303.09556), 5 in the paper; left out, it is off."""
     offset_noise: float = number(0.0, high=1.0, only=SECOND)
@@ -132,8 +142,18 @@ class Loss:
     zero_snr: bool | None = flag(None, only=SECOND)
     """Whether the last noise level is all noise (2305.08891); left out, as the model has it."""
     pixel: str = choice("l1", ("l1", "l2"), only=FIRST)
+    reduction: str | None = choice(None, ("sum", "mean"), only=FIRST)
+    """Over an image's values; left out, as in latent-diffusion: sum with a KL, mean with codebook,
+    which the weights of the other terms are made for."""
+    learn_logvar: bool = flag(False, only=FIRST)
+    """Whether the scale of the likelihood is learnt."""
     kl_weight: float = number(1e-6, only=FIRST)
     codebook_weight: float = number(1.0, only=FIRST)
+    codebook_beta: float = number(0.25, only=FIRST)
+    """Of the commitment (1711.00937, equation 3)."""
+    codebook_decay: float | None = number(None, high=1.0, under=True, only=FIRST)
+    """Of a codebook that follows averages (1711.00937, appendix A.1), 0.99 there; left out, it
+    learns by gradients."""
     perceptual_weight: float = number(1.0, only=FIRST)
     """Of LPIPS (1801.03924), which is on where its weights are given."""
     lpips: tuple[str, ...] = texts((), only=FIRST)
