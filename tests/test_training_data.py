@@ -1,7 +1,11 @@
 """A batch is a function of (source, seed, number); positions come back bit for bit."""
 
 import json
+import os
 import pickle
+import socket
+import subprocess
+import sys
 import warnings
 from collections import Counter
 
@@ -140,6 +144,43 @@ def test_an_error_in_a_worker_is_the_users_sentence():
     with data.batches(source, batch_size=1, workers=1, **SIZE) as batches:
         with pytest.raises(InputError, match="none of 1000 examples tried could be read"):
             next(batches)
+
+
+TRAINING = """
+import os, signal, sys, time
+import numpy as np, psutil
+from sdjax.training import data
+
+def make(index):
+    return data.Example(np.zeros((8, 8, 3), np.uint8), "", "")
+
+batches = data.batches(data.Drawn(make), batch_size=1, height=8, width=8, workers=1)
+next(batches)
+workers = [p.pid for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
+for worker in workers:
+    os.kill(worker, signal.SIGINT)
+for _ in range(20):
+    next(batches)
+print(*workers, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_workers_outlive_ctrl_c_and_end_with_a_killed_training():
+    import psutil
+
+    pipe = subprocess.PIPE
+    training = subprocess.Popen(
+        [sys.executable, "-c", TRAINING], stdin=pipe, stdout=pipe, stderr=pipe, text=True
+    )
+    assert training.stdout is not None
+    workers = [psutil.Process(int(number)) for number in training.stdout.readline().split()]
+    assert len(workers) == 1
+    training.kill()
+    training.communicate()
+    psutil.wait_procs(workers, timeout=60)
+    gone = [not w.is_running() or w.status() == psutil.STATUS_ZOMBIE for w in workers]
+    assert gone == [True]
 
 
 def test_the_kth_batch_is_the_processes_rows_side_by_side():
@@ -327,6 +368,7 @@ def test_sources_follow_each_other():
         *("n0", "n1", "n2"),
         *("n0", "n1", "n2", None, None),
     ]
+    assert joined.digest != data.Joined([data.Drawn(make, 8)]).digest
     assert joined.skipped == {6: "example 3 cannot be read", 7: "example 4 cannot be read"}
     with pytest.raises(InputError, match="endless"):
         data.Joined([data.Drawn(make), data.Drawn(make, 1)])
@@ -356,6 +398,18 @@ def test_pixels_of_another_kind_are_refused_by_name():
     source = data.Drawn(lambda i: data.Example(np.zeros((9, 9), np.float32), "", "mine"), 1)
     with pytest.raises((InputError, TypeError), match="mine|pixels"):
         next(data.batches(source, batch_size=1, **SIZE))
+
+
+def test_what_is_no_example_is_refused_by_number():
+    class Tuples:
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return ("pixels", "caption", "name")
+
+    with pytest.raises(InputError, match="example 0 must be an Example or None, got \\('pixels'"):
+        next(data.batches(Tuples(), batch_size=1, **SIZE))
 
 
 def test_the_drawn_world_is_a_source():
@@ -474,11 +528,6 @@ def test_a_cache_that_is_not_finished_has_no_name(tmp_path):
 
 
 def test_what_a_killed_process_left_of_a_cache_is_swept(tmp_path):
-    import os
-    import socket
-    import subprocess
-    import sys
-
     dead = subprocess.run([sys.executable, "-S", "-c", "import os; print(os.getpid())"], **TEXT)
     host = socket.gethostname()
     for number in (int(dead.stdout), os.getppid()):

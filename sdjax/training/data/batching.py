@@ -1,7 +1,10 @@
 """`batches`: an endless, exactly resumable stream of batches, made ahead of time."""
 
 import dataclasses
+import multiprocessing
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -27,8 +30,8 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     def __init__(self, rows: Rows, workers: int, epochs: int | None):
         self.skipped: dict[int, str] = {}
         """Unreadable examples met so far, by number: the name and what is wrong."""
-        self.enlarged: dict[int, str] = {}
-        """Examples met so far that were smaller than what is trained on: name and size."""
+        self.enlarged: set[int] = set()
+        """Numbers of the examples met so far that were smaller than what is trained on."""
         self._rows = rows
         self._next = 0
         self._workers = workers
@@ -108,7 +111,8 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         # Whole batches are dealt to the processes: what is in a batch depends on no process.
         one = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
         whole = data.batch(size, drop_remainder=True, batch_fn=collate).to_iter_dataset(one)
-        return iter(whole.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers)))
+        processes = grain.MultiprocessingOptions(num_workers=self._workers)
+        return iter(whole.mp_prefetch(processes, _live_and_die_with_the_parent))
 
     def _left(self) -> int:
         """Rows of this process in the batches that are left."""
@@ -130,7 +134,21 @@ class Batches(Iterator[dict[str, np.ndarray]]):
                     f"{text} is smaller than {size} and enlarged; others are counted only",
                     stacklevel=3,
                 )
-            self.enlarged[index] = text
+            self.enlarged.add(index)
+
+
+def _live_and_die_with_the_parent(index: int, count: int) -> None:
+    """In a worker: Ctrl-C is for the training, which ends its workers; SIGKILL cannot do so."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=follow, daemon=True).start()
 
 
 def batches(

@@ -59,7 +59,8 @@ def open(
 
 def scenes(seed: int, height: int, width: int, length: int | None = None) -> Drawn:
     """The drawn world of `training.scenes`, one scene a number, each with one of its captions."""
-    return Drawn(functools.partial(_scene, seed, height, width), length)
+    make = functools.partial(_scene, seed, height, width)
+    return Drawn(make, length, digest=f"scenes {width}x{height} of seed {seed}")
 
 
 def _scene(seed: int, height: int, width: int, index: int) -> Example:

@@ -1,7 +1,8 @@
 """Encoded pictures to pixels, and pixels to the size that is trained on."""
 
+import functools
 import io
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -40,7 +41,7 @@ def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
             most = Image.MAX_IMAGE_PIXELS
             if most is not None and image.width * image.height > most:
                 raise ValueError(f"{image.width}x{image.height} is larger than any image should be")
@@ -87,7 +88,16 @@ def fit(
     return Fitted(np.asarray(resized), top, left, scale > 1)
 
 
-def _rgb(image) -> np.ndarray:
+@functools.cache
+def _formats() -> list[str]:
+    """Those that this Pillow was built with: it fails on the name of any other."""
+    from PIL import Image
+
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
+def _rgb(image: Any) -> np.ndarray:
     """Eight-bit RGB from whatever kinds of pixels Pillow knows."""
     from PIL import Image
 

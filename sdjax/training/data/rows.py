@@ -69,11 +69,10 @@ class Rows:
 
     def __getitem__(self, row: int) -> Row:
         rows = self.batch_size // self.process[1]
-        batch, place = divmod(row, rows)
-        position = self.start + batch * self.batch_size + self.process[0] * rows + place
-        epoch, _ = divmod(position, len(self.source))
-        order = self.order
-        index = position % len(self.source) if order is None else order[position]
+        batch, inside = divmod(row, rows)
+        position = self.start + batch * self.batch_size + self.process[0] * rows + inside
+        epoch, place = divmod(position, len(self.source))
+        index = self._at(epoch, place)
         notes: list[Note] = []
         for attempt in range(_PATIENCE):
             found = self.source[index]
@@ -87,24 +86,22 @@ class Rows:
             f"none of {_PATIENCE} examples tried could be read; the first: {notes[0].text}"
         )
 
-    @functools.cached_property
-    def order(self) -> "_Numbers | None":
-        """The numbers of the examples: a permutation an epoch, found without storing it."""
-        if not self.shuffle or len(self.source) == ENDLESS:
-            return None
-        import grain
-
-        # grain adds the epoch to the seed: neighbouring seeds must not share epochs.
-        seed = int(np.random.SeedSequence([_SHUFFLE, self.seed]).generate_state(1)[0])
+    def _at(self, epoch: int, place: int) -> int:
+        """The example at a place of an epoch: a permutation an epoch, found without storing it."""
         length = len(self.source)
-        shuffled = grain.MapDataset.range(length).shuffle(seed=seed)
-        return _Numbers(shuffled, length)
+        if not self.shuffle or length == ENDLESS:
+            return place
+        from grain.experimental import index_shuffle
+
+        return index_shuffle(place, length - 1, _epoch_seed(self.seed, epoch), 4)
 
     def _arrays(
         self, found: Any, epoch: int, index: int, notes: list[Note]
     ) -> dict[str, np.ndarray]:
-        if not isinstance(found, Example):
+        if isinstance(found, Mapping):
             return dict(found)  # arrays already: a cache's
+        if not isinstance(found, Example):
+            raise InputError(f"example {index} must be an Example or None, got {found!r:.60}")
         if self.fit is None:
             raise InputError("pictures need a height and a width to be made into batches")
         pixels = found.pixels
@@ -137,15 +134,9 @@ class Rows:
         return np.random.default_rng([self.seed, *purpose])
 
 
-class _Numbers:
-    """A shuffled range whose elements keep their numbers in every epoch."""
-
-    def __init__(self, shuffled: Any, length: int):
-        self.shuffled = shuffled
-        self.length = length
-
-    def __getitem__(self, position: int) -> int:
-        return int(self.shuffled[position]) % self.length
+@functools.lru_cache(maxsize=4)
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return int(np.random.SeedSequence([seed, _SHUFFLE, epoch]).generate_state(1)[0])
 
 
 def collate(rows: list[Row]) -> Row:

@@ -1,7 +1,9 @@
 """`Source`: pictures with captions at random access, and the two that need no files."""
 
 import bisect
+import hashlib
 import itertools
+import json
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -29,7 +31,8 @@ class Source(Protocol):
     """Examples by number; anything with these two methods can be trained on.
 
     An example that cannot be read is None, never an exception; a source that has a dict `skipped`
-    puts its number there with one line: the name and what is wrong.
+    puts its number there with one line: the name and what is wrong. One that has a `digest`, a str,
+    is known by it: caches and checkpoints then notice other data.
     """
 
     def __len__(self) -> int:
@@ -42,12 +45,21 @@ class Source(Protocol):
 
 
 class Drawn:
-    """Pictures that a program makes: `make(index)`, endless unless `length` is given."""
+    """Pictures that a program makes: `make(index)`, endless unless `length` is given.
 
-    def __init__(self, make: Callable[[int], Example | None], length: int | None = None):
+    `digest`: what tells this program from others, for caches.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int], Example | None],
+        length: int | None = None,
+        digest: str = "",
+    ):
         if length is not None and length < 1:
             raise InputError(f"a drawn source needs at least one picture, got length={length}")
         self.make = make
+        self.digest = digest
         self.length = ENDLESS if length is None else length
 
     def __len__(self) -> int:
@@ -77,6 +89,12 @@ class Joined:
         if found is None:
             self.skipped[index] = reason(self.sources[which], inner)
         return found
+
+    @property
+    def digest(self) -> str:
+        """The sources' digests, as one."""
+        parts = [(len(s), getattr(s, "digest", "")) for s in self.sources]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def reason(source: Source, index: int) -> str:
