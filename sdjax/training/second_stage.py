@@ -1,20 +1,20 @@
 """The second stage: diffusion in the latent space of a frozen autoencoder."""
 
-import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Bool, Float, Int, Key
 
-from sdjax.checkpoints import naming, shapes
 from sdjax.errors import InputError
-from sdjax.model import Conditions, Model, Params, encode_text
-from sdjax.models.vae import draw
+from sdjax.model import Conditions, Model, Params
+from sdjax.models.lora import merge
+from sdjax.training import lora as low_rank
 from sdjax.training import losses
+from sdjax.training.encoding import conditions, empty_prompt, latents, of
+from sdjax.training.fresh import fresh
+from sdjax.training.lora import Lora
 from sdjax.training.losses import DiffusionLoss, Draws
 from sdjax.training.remat import rematerialised
 from sdjax.training.stage import Batch, Gradients
@@ -22,9 +22,6 @@ from sdjax.types import Array, Latents
 
 DTYPES = ("float32", "bfloat16")
 TRAINABLE = ("unet", "text_encoder", "text_encoder_2")
-
-_LATENT = 5
-"""What an image's key is folded with for its latents' noise; `losses` has the smaller numbers."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,8 @@ class SecondStage:
     - `trained`: names of networks; the trees of the others are `frozen`.
     - `dtype`: what networks compute in, "float32" or "bfloat16"; params and losses stay float32.
     - `remat`: compute blocks twice instead of keeping what they made (`training.remat`).
+    - `lora`: train low-rank updates of the trained networks (`training.lora`); params are then the
+      updates, and `frozen` holds all networks.
 
     A batch holds what the latents come from: `pixels` uint8 [b, H, W, 3]; or the autoencoder's
     `mean` and `logvar` [b, h, w, z]; or `latents`, scaled already. It holds what the conditions
@@ -50,17 +49,24 @@ class SecondStage:
     loss: DiffusionLoss = DiffusionLoss()
     dtype: str = "float32"
     remat: bool = False
+    lora: Lora | None = None
 
     def __post_init__(self) -> None:
         _check(self)
 
     def init(self, key: Key[Array, ""]) -> tuple[Params, Any]:
-        """Draw the trained networks' params anew: training from scratch."""
+        """Draw the trained networks' params anew; with `lora`, updates that change nothing yet."""
         params = {}
         for name in self.trained:
-            at = jax.random.fold_in(key, TRAINABLE.index(name))
-            params[name] = fresh(getattr(self.model, name), at)
+            at, module = jax.random.fold_in(key, TRAINABLE.index(name)), getattr(self.model, name)
+            params[name] = low_rank.init(self.lora, module, at) if self.lora else fresh(module, at)
         return params, ()
+
+    def networks(self, params: Params, frozen: Params) -> Params:
+        """All networks' trees, as sampling and saving take them."""
+        if self.lora is None:
+            return frozen | params
+        return merge(frozen, params, self.lora.scale, dtype=jnp.float32)
 
     def gradients(
         self,
@@ -79,7 +85,7 @@ class SecondStage:
     def _loss(
         self, params: Params, frozen: Params, batch: Batch, keys: Key[Array, " b"]
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        networks = frozen | params
+        networks = self.networks(params, frozen)
         schedule, loss = self.model.schedule, self.loss
         x0 = latents(self.model, networks, batch, keys, self.dtype)
         drawn = losses.draws(keys, x0.shape, loss, schedule.timesteps)
@@ -98,7 +104,7 @@ class SecondStage:
             given = self._conditions(networks, batch, drawn.dropped)
             more: dict[str, Any] = {}
             if given.pooled is not None:
-                more = {"added_text": given.pooled, "added_time_ids": _of(batch, "time_ids")}
+                more = {"added_text": given.pooled, "added_time_ids": of(batch, "time_ids")}
             out: Any = self.model.unet.apply(
                 {"params": networks["unet"]},
                 x.astype(self.dtype),
@@ -110,6 +116,11 @@ class SecondStage:
 
     def _conditions(self, networks: Params, batch: Batch, dropped: Bool[Array, " b"]) -> Conditions:
         """The text states, those that are dropped replaced by what sampling will take for none."""
+        if "context" in batch and set(self.trained) != {"unet"}:
+            raise InputError(
+                f"a batch has cached text states, and {', '.join(self.trained)} are trained: train "
+                "the unet alone, or give ids"
+            )
         given = conditions(self.model, networks, batch, self.dtype)
         if not self.loss.caption_dropout:
             return given
@@ -127,145 +138,6 @@ class SecondStage:
         return jax.tree.map(choose, given, none)
 
 
-def latents(
-    model: Model, networks: Params, batch: Batch, keys: Key[Array, " b"], dtype: str = "float32"
-) -> Latents:
-    """A batch's latents, drawn from the autoencoder's distribution and scaled: float32."""
-    if "latents" in batch:
-        return jnp.asarray(batch["latents"], jnp.float32)
-    mean, logvar = moments(model, networks, batch, dtype)
-    z = draw(mean, logvar, latent_noise(keys, mean.shape))
-    return (z - (model.vae.shift_factor or 0.0)) * model.vae.scaling_factor
-
-
-def latent_noise(keys: Key[Array, " b"], shape: tuple[int, ...]) -> Float[Array, "b h w z"]:
-    """The unit noise of each image's draw from the autoencoder's distribution."""
-
-    def one(key: Key[Array, ""]) -> Array:
-        return jax.random.normal(jax.random.fold_in(key, _LATENT), shape[1:])
-
-    return jax.vmap(one)(keys)
-
-
-def moments(
-    model: Model, networks: Params, batch: Batch, dtype: str = "float32"
-) -> tuple[Float[Array, "b h w z"], Float[Array, "b h w z"]]:
-    """Mean and log-variance of a batch's latents, unscaled: float32, without gradients."""
-    if "mean" in batch:
-        mean, logvar = batch["mean"], _of(batch, "logvar")
-    else:
-        pixels = _of(batch, "pixels").astype(jnp.float32) / 127.5 - 1
-        params = {"params": _network(networks, "vae")}
-        encoded: Any = model.vae.apply(params, pixels.astype(dtype), method="encode")
-        mean, logvar = jax.lax.stop_gradient(encoded)
-    return jnp.asarray(mean, jnp.float32), jnp.asarray(logvar, jnp.float32)
-
-
-def conditions(model: Model, networks: Params, batch: Batch, dtype: str = "float32") -> Conditions:
-    """A batch's text states, and SDXL's pooled ones, from ids or as they were cached."""
-    if "context" in batch:
-        pooled = _of(batch, "pooled") if model.unet.addition_embed_type else None
-        return Conditions(batch["context"], pooled)
-    encoders, ids = {}, []
-    for name, key in (("text_encoder", "ids"), ("text_encoder_2", "ids_2")):
-        used = getattr(model, name) is not None
-        ids.append(_of(batch, key) if used else None)
-        if used:
-            encoders[name] = _cast(_network(networks, name), dtype)
-    return encode_text(model, encoders, *ids)
-
-
-def cached(model: Model, params: Params, batch: Batch, dtype: str = "float32") -> dict[str, Array]:
-    """What training needs of a batch and frozen networks make of it: computed once, float32.
-
-    `mean` and `logvar` where the batch has `pixels`; `context`, and SDXL's `pooled`, where it has
-    `ids`. A pure function: jit it with the model static.
-    """
-    made: dict[str, Array] = {}
-    if "pixels" in batch:
-        made["mean"], made["logvar"] = moments(model, params, batch, dtype)
-    if "ids" in batch or "ids_2" in batch:
-        made |= _named(conditions(model, params, batch, dtype))
-    return {name: jnp.asarray(value, jnp.float32) for name, value in made.items()}
-
-
-def empty(model: Model, params: Params) -> dict[str, Array]:
-    """Text states of the empty prompt, [1, ...]: `frozen["empty"]` of a stage on cached states.
-
-    With them the text encoders need not be kept for conditions that are dropped.
-    """
-    return _named(conditions(model, params, empty_prompt(model)))
-
-
-def empty_prompt(model: Model) -> dict[str, np.ndarray]:
-    """The token ids of the empty prompt, [1, s]."""
-    ids = {}
-    for name, key in (("tokenizer", "ids"), ("tokenizer_2", "ids_2")):
-        if getattr(model, name) is not None:
-            ids[key] = getattr(model, name)([""]).ids
-    return ids
-
-
-def fresh(module: Any, key: Key[Array, ""]) -> Params:
-    """Draw a network's params: normal kernels of variance 1/fan-in; a UNet's branches end in 0.
-
-    As in the paper's code, the last convolution of every residual branch and the network's own are
-    zero, so that training starts from the identity (cf. Zhang et al. 2019, arXiv 1901.09321).
-    """
-    leaves = list(naming.flatten(shapes.params(module)))
-    drawn = {path: _fan_in(path, leaf.shape) for path, leaf in leaves if _is_drawn(path)}
-    values = _normal(key, tuple(leaf.shape for path, leaf in leaves if path in drawn))
-    params: dict[str, Any] = {}
-    for path, leaf in leaves:
-        node = functools.reduce(lambda tree, name: tree.setdefault(name, {}), path[:-1], params)
-        if path in drawn:
-            node[path[-1]] = values.pop(0) / drawn[path] ** 0.5
-        else:
-            node[path[-1]] = jnp.full(leaf.shape, float(path[-1] == "scale"))
-    return params
-
-
-def _is_drawn(path: tuple[str, ...]) -> bool:
-    return path[-1] in ("kernel", "embedding") and path[-2] not in ("conv2", "proj_out", "conv_out")
-
-
-def _fan_in(path: tuple[str, ...], shape: tuple[int, ...]) -> int:
-    return shape[-1] if path[-1] == "embedding" else math.prod(shape[:-1])
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _normal(key: Key[Array, ""], sizes: tuple[tuple[int, ...], ...]) -> list[Array]:
-    """All arrays from one draw: a draw for each takes minutes to compile."""
-    counts = [math.prod(shape) for shape in sizes]
-    parts = jnp.split(jax.random.normal(key, (sum(counts),)), np.cumsum(counts)[:-1])
-    return [part.reshape(shape) for part, shape in zip(parts, sizes, strict=True)]
-
-
-def _named(given: Conditions) -> dict[str, Array]:
-    return {name: value for name, value in given._asdict().items() if value is not None}
-
-
-def _cast(params: Params, dtype: str) -> Params:
-    """A text encoder's dtype is its embeddings' own."""
-    return jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, params)
-
-
-def _of(batch: Batch, name: str) -> Array:
-    if name not in batch:
-        had = ", ".join(sorted(batch)) or "nothing"
-        raise InputError(f"a batch lacks {name!r}, it has {had}: this model is trained on it")
-    return jnp.asarray(batch[name])
-
-
-def _network(networks: Params, name: str) -> Params:
-    if name not in networks:
-        raise InputError(
-            f"the params of {name!r} are missing: give them as frozen, or train on what was cached "
-            "of them"
-        )
-    return networks[name]
-
-
 def _check(stage: SecondStage) -> None:
     model = stage.model
     if stage.dtype not in DTYPES:
@@ -276,6 +148,8 @@ def _check(stage: SecondStage) -> None:
     for name in stage.trained:
         if name not in known:
             raise InputError(f"trained must be among {', '.join(known)}, got {name!r:.60}")
+    if stage.lora is not None:
+        low_rank.check(stage.lora, {name: getattr(model, name) for name in stage.trained})
     if model.unet.num_class_embeds is not None or model.unet.in_channels != (
         model.vae.latent_channels
     ):
