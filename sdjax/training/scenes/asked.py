@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from sdjax.training.scenes.words import MEANINGS
 from sdjax.training.scenes.world import COLOURS, Scene
 
+ATTRIBUTES = ("time", "weather", "terrain", "water", "sky")
+"""What a prompt can ask of the whole picture."""
+
 
 @dataclass(frozen=True)
 class AskedGroup:
@@ -30,7 +33,7 @@ class Asked:
 
     def holds(self, scene: Scene) -> bool:
         """Whether a scene is as asked."""
-        for name in ("time", "weather", "terrain", "water", "sky"):
+        for name in ATTRIBUTES:
             if getattr(self, name) not in (None, getattr(scene, name)):
                 return False
         shown = {group.kind: group for group in scene.groups}

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from sdjax.training.scenes.world import Number
+
 UNITS = 128
 """Units of a picture's shorter side; the world's sizes are given in them."""
 _FINE = 2
@@ -29,7 +31,7 @@ class Canvas:
         self.horizon = 0.52 * self.height
         self.pixels = np.zeros((height, width, 3), np.float32)
 
-    def row(self, y: float) -> int:
+    def row(self, y: Number) -> int:
         """The row of pixels at a height in units."""
         return int(np.clip(round(y * self.unit), 0, len(self.pixels)))
 
@@ -40,7 +42,11 @@ class Canvas:
         under += alpha[..., None] * (colour - under)
 
     def cover(
-        self, edge: np.ndarray, colours: np.ndarray, depth: float = 1.0, until: float | None = None
+        self,
+        edge: np.ndarray,
+        colours: np.ndarray,
+        depth: Number = 1.0,
+        until: Number | None = None,
     ) -> tuple[int, np.ndarray]:
         """Fill what lies below an edge [w] (units), smoothly cut.
 
@@ -56,7 +62,7 @@ class Canvas:
         return top, alpha
 
     def marks(
-        self, kind: str, shapes: Iterable[tuple[float, ...]], until: float, blur: float = 0.0
+        self, kind: str, shapes: Iterable[tuple[Number, ...]], until: Number, blur: Number = 0.0
     ) -> np.ndarray:
         """Draw small soft shapes on the rows down to `until`: their coverage, float32 [h, w].
 
@@ -93,7 +99,7 @@ def branch(rng: np.random.Generator) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(int(rng.integers(2**62))))
 
 
-def waves(rng: np.random.Generator, x: np.ndarray, length: float, number: int = 3) -> np.ndarray:
+def waves(rng: np.random.Generator, x: np.ndarray, length: Number, number: int = 3) -> np.ndarray:
     """A smooth random curve over x, about -1..1, whose longest wave takes `length` units."""
     total = np.zeros_like(x)
     for n in range(number):
@@ -105,9 +111,9 @@ def waves(rng: np.random.Generator, x: np.ndarray, length: float, number: int = 
 def ridge(
     rng: np.random.Generator,
     x: np.ndarray,
-    step: float,
-    low: tuple[float, float],
-    high: tuple[float, float],
+    step: Number,
+    low: tuple[Number, Number],
+    high: tuple[Number, Number],
 ) -> np.ndarray:
     """A zigzag over x, up to heights in `high` and down to `low`, each about `step` units long."""
     knots = int(x[-1] / (0.8 * step)) + 6

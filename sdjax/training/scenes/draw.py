@@ -10,7 +10,7 @@ from sdjax.training.scenes.layout import Place, layout
 from sdjax.training.scenes.palette import Palette, palette
 from sdjax.training.scenes.sky import paint_sky
 from sdjax.training.scenes.sprites import sprite
-from sdjax.training.scenes.world import KINDS, Scene
+from sdjax.training.scenes.world import KINDS, Number, Scene
 
 _FLOWERS = {
     "hills": (255, 244, 170),
@@ -52,7 +52,7 @@ def _paint_ground(
     scene: Scene,
     colours: Palette,
     places: list[Place],
-    disc: float | None,
+    disc: Number | None,
     rng: np.random.Generator,
 ) -> None:
     snow = 0.92 if scene.weather == "snow" else 0.0
@@ -80,7 +80,7 @@ def _paint_ground(
 
 
 def _folds(
-    c: Canvas, scene: Scene, colours: Palette, rng: np.random.Generator, heights: tuple[float, ...]
+    c: Canvas, scene: Scene, colours: Palette, rng: np.random.Generator, heights: tuple[Number, ...]
 ) -> None:
     """Lay soft rises over the ground, lit at their crests, with flowers or stones between them."""
     snow = 0.9 if scene.weather == "snow" else 0.0
@@ -101,7 +101,9 @@ def _folds(
     c.mix(dots, tint(colours, _FLOWERS[scene.terrain], 0.0))
 
 
-def _water(c: Canvas, colours: Palette, disc: float | None, rng: np.random.Generator) -> np.ndarray:
+def _water(
+    c: Canvas, colours: Palette, disc: Number | None, rng: np.random.Generator
+) -> np.ndarray:
     """What water shows from just above the horizon down: the world above, upside down, rippled."""
     top = c.row(c.horizon - 3)
     y = c.y[top:]
@@ -125,7 +127,7 @@ def _water(c: Canvas, colours: Palette, disc: float | None, rng: np.random.Gener
 
 
 def _mix_water(
-    c: Canvas, inside: np.ndarray, water: np.ndarray, colours: Palette, snow: float, top: int
+    c: Canvas, inside: np.ndarray, water: np.ndarray, colours: Palette, snow: Number, top: int
 ) -> None:
     """Lay water where `inside` (units from its edge, [h, w]) is positive, with a bank around it."""
     bank = np.clip((inside + 1.8) * c.unit * 0.7, 0, 1) * f32(0.8)
@@ -174,7 +176,7 @@ def _veil(c: Canvas, scene: Scene, colours: Palette, rng: np.random.Generator) -
 
 
 def _paint_object(
-    c: Canvas, scene: Scene, colours: Palette, place: Place, disc: float | None
+    c: Canvas, scene: Scene, colours: Palette, place: Place, disc: Number | None
 ) -> None:
     kind = place.group.kind
     light = colours.things
@@ -206,7 +208,7 @@ def _paste(c: Canvas, image: np.ndarray, top: int, left: int) -> None:
     under += image[..., :3]
 
 
-def _shadow(c: Canvas, place: Place, disc: float | None, most: float) -> None:
+def _shadow(c: Canvas, place: Place, disc: Number | None, most: Number) -> None:
     lean = 0.0 if disc is None else float(np.clip((place.x - disc) / 20, -4, 4))
     half = KINDS[place.group.kind].width * place.size * 0.56
     _spot(c, place.x + lean, place.y, half, 2.6 * place.size, f32((18, 22, 44)), most)
@@ -219,7 +221,7 @@ def _lamplight(c: Canvas, place: Place) -> None:
 
 
 def _spot(
-    c: Canvas, x: float, y: float, rx: float, ry: float, colour: np.ndarray, most: float
+    c: Canvas, x: Number, y: Number, rx: Number, ry: Number, colour: np.ndarray, most: Number
 ) -> None:
     """Lay a soft oval of a colour over the picture."""
     top, end = c.row(y - ry), c.row(y + ry)

@@ -7,7 +7,7 @@ import numpy as np
 from sdjax.training.scenes.canvas import Canvas, branch, f32, ridge, waves
 from sdjax.training.scenes.palette import Palette
 from sdjax.training.scenes.sprites import GLOW
-from sdjax.training.scenes.world import Scene
+from sdjax.training.scenes.world import Number, Scene
 
 SNOW = f32((228, 236, 250))
 GROUND = {
@@ -20,7 +20,7 @@ GROUND = {
 SHORE = ((246, 226, 176), (230, 202, 146))
 
 
-def tint(colours: Palette, colour: Any, distance: float, snow: float = 0.0) -> np.ndarray:
+def tint(colours: Palette, colour: Any, distance: Number, snow: Number = 0.0) -> np.ndarray:
     """A land colour (or several, [n, 3]) in this light, faded by distance and snowed on, 0..1."""
     lit = f32(colour)
     lit = (lit + snow * (SNOW - lit)) * colours.land
@@ -32,7 +32,7 @@ def paint_backdrop(c: Canvas, scene: Scene, colours: Palette, rng: np.random.Gen
     _PAINT[scene.terrain](c, colours, rng, 0.85 if scene.weather == "snow" else 0.0)
 
 
-def _hills(c: Canvas, colours: Palette, rng: np.random.Generator, snow: float) -> None:
+def _hills(c: Canvas, colours: Palette, rng: np.random.Generator, snow: Number) -> None:
     for distance, base, swing, length, colour in (
         (0.6, 15, 7, 110, (96, 156, 132)),
         (0.36, 9, 5, 80, (104, 168, 98)),
@@ -43,7 +43,7 @@ def _hills(c: Canvas, colours: Palette, rng: np.random.Generator, snow: float) -
         c.cover(edge, tint(colours, (crest, colour), distance, snow), 9, c.horizon + 5)
 
 
-def _mountains(c: Canvas, colours: Palette, rng: np.random.Generator, snow: float) -> None:
+def _mountains(c: Canvas, colours: Palette, rng: np.random.Generator, snow: Number) -> None:
     for distance, step, low, high in ((0.5, 21, (12, 18), (24, 33)), (0.16, 26, (5, 11), (24, 36))):
         coarse = ridge(rng, c.x, step, low, high)
         edge = c.horizon - coarse - 1.2 * waves(rng, c.x, 11, 2)
@@ -63,7 +63,7 @@ def _mountains(c: Canvas, colours: Palette, rng: np.random.Generator, snow: floa
     c.cover(edge, tint(colours, ((122, 156, 104), (104, 140, 96)), 0.12, snow), 8, c.horizon + 5)
 
 
-def _forest(c: Canvas, colours: Palette, rng: np.random.Generator, snow: float) -> None:
+def _forest(c: Canvas, colours: Palette, rng: np.random.Generator, snow: Number) -> None:
     for distance, base, tall, step, colour in (
         (0.58, 13, 8, 3.4, (58, 120, 108)),
         (0.34, 6, 10, 4.2, (44, 112, 84)),
@@ -75,7 +75,7 @@ def _forest(c: Canvas, colours: Palette, rng: np.random.Generator, snow: float) 
         c.cover(edge, tint(colours, (tip, colour), distance, snow * 0.6), 9, c.horizon + 5)
 
 
-def _desert(c: Canvas, colours: Palette, rng: np.random.Generator, snow: float) -> None:
+def _desert(c: Canvas, colours: Palette, rng: np.random.Generator, snow: Number) -> None:
     table = np.clip(ridge(rng, c.x, 27, (-36, -14), (-12, 46)), 0, rng.uniform(13, 19))
     edge = c.horizon - 4 - table
     top, alpha = c.cover(
@@ -96,7 +96,7 @@ def _desert(c: Canvas, colours: Palette, rng: np.random.Generator, snow: float) 
         c.mix(alpha * shaded * fade * f32(0.5), tint(colours, (176, 112, 78), distance), top)
 
 
-def _city(c: Canvas, colours: Palette, rng: np.random.Generator, snow: float) -> None:
+def _city(c: Canvas, colours: Palette, rng: np.random.Generator, snow: Number) -> None:
     for distance, tallest, wide, colour in (
         (0.56, 34, (6, 12), (108, 124, 160)),
         (0.16, 25, (8, 15), (98, 102, 128)),

@@ -4,7 +4,7 @@ import numpy as np
 
 from sdjax.training.scenes.canvas import Canvas, branch, f32, waves
 from sdjax.training.scenes.palette import Palette
-from sdjax.training.scenes.world import KINDS, Scene
+from sdjax.training.scenes.world import KINDS, Number, Scene
 
 _RAINBOW = f32(
     [(150, 90, 210), (70, 120, 240), (70, 200, 120), (250, 230, 90), (250, 150, 60), (235, 70, 70)]
@@ -12,7 +12,7 @@ _RAINBOW = f32(
 _LOW_SUN = {"hills": 0.33, "mountains": 0.17, "forest": 0.26, "desert": 0.33, "city": 0.2}
 
 
-def paint_sky(c: Canvas, scene: Scene, colours: Palette, rng: np.random.Generator) -> float | None:
+def paint_sky(c: Canvas, scene: Scene, colours: Palette, rng: np.random.Generator) -> Number | None:
     """Paint the sky; gives where the sun or moon stands (x in units), if either does."""
     t = c.y / c.horizon
     air = [np.interp(t[:, 0], (0.0, 0.55, 1.0), colours.air[:, n]) for n in range(3)]
@@ -37,7 +37,7 @@ def paint_sky(c: Canvas, scene: Scene, colours: Palette, rng: np.random.Generato
     return x if disc else None
 
 
-def _stand(c: Canvas, scene: Scene, rng: np.random.Generator) -> tuple[float, float]:
+def _stand(c: Canvas, scene: Scene, rng: np.random.Generator) -> tuple[Number, Number]:
     """A free place for the sun or moon, away from what flies."""
     taken = {group.place for group in scene.groups if KINDS[group.kind].band == "air"}
     free = {"left": (0.8, 0.72), "right": (0.2, 0.28), "middle": (0.11, 0.89)}
@@ -53,13 +53,13 @@ def _stand(c: Canvas, scene: Scene, rng: np.random.Generator) -> tuple[float, fl
     return float(at) * c.width, float(y) * c.height
 
 
-def _glow(c: Canvas, x: float, y: float, reach: float, colour: np.ndarray, most: float) -> None:
+def _glow(c: Canvas, x: Number, y: Number, reach: Number, colour: np.ndarray, most: Number) -> None:
     end = c.row(c.horizon + 2)
     far = np.sqrt((c.x - x) ** 2 + (c.y[:end] - y) ** 2)
     c.mix(f32(most) * np.exp(far * f32(-1 / reach)), colour)
 
 
-def _disc(c: Canvas, x: float, y: float, radius: float) -> tuple[np.ndarray, int, int]:
+def _disc(c: Canvas, x: Number, y: Number, radius: Number) -> tuple[np.ndarray, int, int]:
     """The coverage of a disc, with the first row and column of its box."""
     top, left = max(0, c.row(y - radius - 2)), max(0, int((x - radius - 2) * c.unit))
     end, right = c.row(y + radius + 2), int((x + radius + 2) * c.unit)
@@ -67,7 +67,7 @@ def _disc(c: Canvas, x: float, y: float, radius: float) -> tuple[np.ndarray, int
     return np.clip((radius - far) * c.unit + 0.5, 0, 1), top, left
 
 
-def _sun(c: Canvas, scene: Scene, x: float, y: float) -> None:
+def _sun(c: Canvas, scene: Scene, x: Number, y: Number) -> None:
     low = scene.time != "day"
     warm = f32({"dawn": (255, 206, 170), "sunset": (255, 150, 70)}.get(scene.time, (255, 248, 214)))
     _glow(c, x, y, 26, warm, 0.75)
@@ -79,7 +79,7 @@ def _sun(c: Canvas, scene: Scene, x: float, y: float) -> None:
     c.mix(alpha, core, top, left)
 
 
-def _moon(c: Canvas, x: float, y: float, rng: np.random.Generator) -> None:
+def _moon(c: Canvas, x: Number, y: Number, rng: np.random.Generator) -> None:
     _glow(c, x, y, 15, f32((150, 172, 226)), 0.55)
     alpha, top, left = _disc(c, x, y, 8.5)
     size = alpha.shape
@@ -93,14 +93,14 @@ def _moon(c: Canvas, x: float, y: float, rng: np.random.Generator) -> None:
 
 
 def _disc_like(
-    c: Canvas, x: float, y: float, radius: float, top: int, left: int, size: tuple[int, ...]
+    c: Canvas, x: Number, y: Number, radius: Number, top: int, left: int, size: tuple[int, ...]
 ) -> tuple[np.ndarray, int, int]:
     far = (c.x[left : left + size[1]] - x) ** 2 + (c.y[top : top + size[0]] - y) ** 2
     return np.clip((radius - np.sqrt(far)) * c.unit + 0.5, 0, 1), top, left
 
 
 def _stars(
-    c: Canvas, rng: np.random.Generator, most: float, disc: tuple[float, float] | None
+    c: Canvas, rng: np.random.Generator, most: Number, disc: tuple[Number, Number] | None
 ) -> None:
     number = int(44 * c.width / 128)
     x, y = rng.uniform(0, c.width, number), rng.random(number) ** 1.3 * 0.42 * c.height
@@ -133,7 +133,9 @@ def _rainbow(c: Canvas, rng: np.random.Generator) -> None:
     c.mix(alpha, colour.astype(np.float32))
 
 
-def _puffs(rng: np.random.Generator, x: float, y: float, size: float) -> list[tuple[float, ...]]:
+def _puffs(
+    rng: np.random.Generator, x: Number, y: Number, size: Number
+) -> list[tuple[Number, ...]]:
     """One cloud: round heads on a flat foot, as dots."""
     heads = [(-0.95, 0.02, 0.36), (-0.42, -0.2, 0.52), (0.18, -0.32, 0.6), (0.72, -0.06, 0.44)]
     return [
@@ -148,7 +150,11 @@ def _puffs(rng: np.random.Generator, x: float, y: float, size: float) -> list[tu
 
 
 def _shade(
-    c: Canvas, shapes: list[tuple[float, ...]], colours: np.ndarray, most: float, blur: float = 0.8
+    c: Canvas,
+    shapes: list[tuple[Number, ...]],
+    colours: np.ndarray,
+    most: Number,
+    blur: Number = 0.8,
 ) -> None:
     """Paint clouds: the shaded colour, and the lit one on all but the lower edges."""
     alpha = c.marks("dot", shapes, c.horizon, blur)
@@ -161,10 +167,10 @@ def _shade(
 
 
 def _clouds(
-    c: Canvas, colours: Palette, rng: np.random.Generator, disc: tuple[float, float] | None
+    c: Canvas, colours: Palette, rng: np.random.Generator, disc: tuple[Number, Number] | None
 ) -> None:
     number = max(4, round(5 * c.width / 128))
-    shapes: list[tuple[float, ...]] = []
+    shapes: list[tuple[Number, ...]] = []
     for n in range(number):
         x = c.width * (n + rng.uniform(0.2, 0.8)) / number
         y, size = c.height * rng.uniform(0.07, 0.36), rng.uniform(10, 15)
@@ -178,7 +184,7 @@ def _clouds(
 def _overcast(c: Canvas, colours: Palette, rng: np.random.Generator) -> None:
     number = round(7 * c.width / 128)
     for low, most in ((9, 0.55), (1, 0.9)):
-        shapes: list[tuple[float, ...]] = []
+        shapes: list[tuple[Number, ...]] = []
         for n in range(number):
             x = c.width * (n + rng.uniform(-0.1, 1.1)) / number
             shapes.append((x, rng.uniform(-9, 3) + low, rng.uniform(9, 18), 1.0))

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from sdjax.training.scenes.world import KINDS
+from sdjax.training.scenes.world import KINDS, Number
 
 OVER = 4
 PIGMENTS = {
@@ -20,14 +20,14 @@ PIGMENTS = {
 GLOW = (255, 214, 120)
 """The colour of lamps behind windows."""
 PANE = (178, 214, 236)
-Colour = tuple[float, float, float]
-Points = list[tuple[float, float]]
+Colour = tuple[Number, Number, Number]
+Points = list[tuple[Number, Number]]
 
 
 class Pen:
     """Draws in units on a transparent sheet; every colour is lit but those that shine."""
 
-    def __init__(self, width: float, height: float, scale: float, light: np.ndarray):
+    def __init__(self, width: Number, height: Number, scale: Number, light: np.ndarray):
         from PIL import Image, ImageDraw
 
         self.scale = scale * OVER
@@ -41,27 +41,27 @@ class Pen:
         self.top = size[1] - height * self.scale
         self.light = light
 
-    def ink(self, colour: Colour, shade: float = 1.0, shines: bool = False) -> tuple[int, ...]:
+    def ink(self, colour: Colour, shade: Number = 1.0, shines: bool = False) -> tuple[int, ...]:
         lit = np.asarray(colour) * (1.0 if shines else self.light)
         lit = lit * shade if shade <= 1 else lit + (255 - lit) * (shade - 1) * lit.max() / 255
         return (*(int(c) for c in np.clip(lit, 0, 255)), 255)
 
-    def at(self, x: float, y: float) -> tuple[float, float]:
+    def at(self, x: Number, y: Number) -> tuple[Number, Number]:
         return self.left + x * self.scale, self.top + y * self.scale
 
     def area(
-        self, points: Points, colour: Colour, shade: float = 1.0, shines: bool = False
+        self, points: Points, colour: Colour, shade: Number = 1.0, shines: bool = False
     ) -> None:
         self.draw.polygon([self.at(*p) for p in points], fill=self.ink(colour, shade, shines))
 
-    def box(self, x0: float, y0: float, x1: float, y1: float, *paint: Any) -> None:
+    def box(self, x0: Number, y0: Number, x1: Number, y1: Number, *paint: Any) -> None:
         self.area([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], *paint)
 
-    def oval(self, x: float, y: float, rx: float, ry: float, *paint: Any) -> None:
+    def oval(self, x: Number, y: Number, rx: Number, ry: Number, *paint: Any) -> None:
         corners = [*self.at(x - rx, y - ry), *self.at(x + rx, y + ry)]
         self.draw.ellipse(corners, fill=self.ink(*paint))
 
-    def line(self, points: Points, thick: float, *paint: Any) -> None:
+    def line(self, points: Points, thick: Number, *paint: Any) -> None:
         width = max(1, round(thick * self.scale))
         self.draw.line(
             [self.at(*p) for p in points], fill=self.ink(*paint), width=width, joint="curve"
@@ -74,7 +74,7 @@ class Pen:
         return np.concatenate([small[..., :3] * alpha, alpha], -1)
 
 
-def sprite(kind: str, colour: str, scale: float, light: np.ndarray, dark: bool) -> np.ndarray:
+def sprite(kind: str, colour: str, scale: Number, light: np.ndarray, dark: bool) -> np.ndarray:
     """One object, float32 [h, w, 4], its alpha premultiplied; it stands on its last row.
 
     Args:
@@ -90,7 +90,7 @@ def sprite(kind: str, colour: str, scale: float, light: np.ndarray, dark: bool) 
     return pen.done()
 
 
-def _window(pen: Pen, x0: float, y0: float, x1: float, y1: float, dark: bool) -> None:
+def _window(pen: Pen, x0: Number, y0: Number, x1: Number, y1: Number, dark: bool) -> None:
     pen.box(x0, y0, x1, y1, GLOW if dark else PANE, 1.0, dark)
 
 

@@ -15,11 +15,14 @@ PLACES = ("left", "middle", "right")
 COUNTS = (1, 2, 3)
 
 
+Number = float | int
+
+
 class Kind(NamedTuple):
     """A kind of object: its size in units, 128 of which are a picture's shorter side."""
 
-    width: float
-    height: float
+    width: Number
+    height: Number
     band: str
     """Where it lives: on the ground, on water (in front of it stands the ground) or in the air."""
 
@@ -53,7 +56,7 @@ class Group:
     place: str
 
     @property
-    def width(self) -> float:
+    def width(self) -> Number:
         """The group's width in units at full size."""
         return KINDS[self.kind].width * (1 + GAP * (self.count - 1))
 
