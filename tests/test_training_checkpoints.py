@@ -16,6 +16,7 @@ import pytest
 
 from sdjax import errors
 from sdjax.errors import InputError
+from sdjax.training import checkpoints as checkpoints_module
 from sdjax.training.checkpoints import Checkpoints
 
 ROOT = str(Path(errors.__file__).parent.parent)
@@ -107,6 +108,23 @@ def test_what_is_saved_may_be_donated_at_once(opened):
     jax.block_until_ready(spoiled)
     checkpoints.wait()
     assert bits(checkpoints.restore_latest(like)[1]) == before
+
+
+def test_one_bit_changes_the_sum_and_the_mesh_does_not():
+    for leaf in jax.tree.leaves(state()):
+        if not leaf.size or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            continue
+        array = np.array(leaf)
+        mark = int(checkpoints_module._mark(array, np))
+        assert int(checkpoints_module._compiled_mark(leaf)) == mark
+        raw = array.reshape(-1).view(np.uint8)
+        for byte in {0, raw.size // 2, raw.size - 1}:
+            raw[byte] ^= 1
+            assert int(checkpoints_module._mark(array, np)) != mark
+            raw[byte] ^= 1
+    swapped = np.array([1.0, 2.0, 3.0]), np.array([2.0, 1.0, 3.0])
+    marks = [int(checkpoints_module._mark(a.astype(np.float32), np)) for a in swapped]
+    assert marks[0] != marks[1]
 
 
 def test_an_empty_folder_has_nothing_to_restore(opened):

@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,8 @@ class Checkpoints:
 
         self._settle()
         arrays = _flat(state)
-        marks = jax.device_get({name: _mark(array) for name, array in arrays.items()})
-        rest = {"arrays": {name: [*_form(arrays[name]), int(marks[name])] for name in arrays}}
+        marks = _marks(arrays)
+        rest = {"arrays": {name: [*_form(arrays[name]), marks[name]] for name in arrays}}
         rest["extra"] = dict(extra)
         try:
             with _quiet():
@@ -149,8 +149,8 @@ class Checkpoints:
         for name, leaf in targets.items():
             if not leaf.size:
                 read[name] = jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
-        marks = jax.device_get({name: _mark(array) for name, array in read.items()})
-        wrong = [name for name in targets if int(marks[name]) != saved[name][2]]
+        marks = _marks(read)
+        wrong = [name for name in targets if marks[name] != saved[name][2]]
         if wrong:
             raise ValueError(f"{wrong[0]} is not what was saved")
         leaves, structure = jax.tree.flatten(like)
@@ -266,20 +266,37 @@ def _form(leaf: Any) -> list[Any]:
     return [list(leaf.shape), jnp.dtype(leaf.dtype).name]
 
 
-@jax.jit
-def _mark(array: jax.Array) -> jax.Array:
-    """The bits as integers, each times an odd number of its place, summed modulo 2^32.
+def _marks(arrays: Mapping[str, Any]) -> dict[str, int]:
+    """Each array's bits as integers, each times an odd number of its place, summed modulo 2^32.
 
     One changed bit always changes it, the order of the sum never: it is the same on any mesh.
+    Arrays in this process's memory are summed by numpy, which has nothing to compile.
     """
+    marks = {
+        name: _mark(np.asarray(a), np) if _is_here(a) else _compiled_mark(a)
+        for name, a in arrays.items()
+    }
+    return {name: int(mark) for name, mark in jax.device_get(marks).items()}
+
+
+def _is_here(array: jax.Array) -> bool:
+    return array.is_fully_addressable and all(d.platform == "cpu" for d in array.devices())
+
+
+def _mark(array: Any, xp: Any) -> Any:
+    array = array[..., None]  # a scalar too has an axis
     if array.dtype == bool:
-        array = array.astype(jnp.uint8)
-    kind = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(array, kind).astype(jnp.uint32)
-    place = jnp.zeros(bits.shape, jnp.uint32)
-    for axis in range(bits.ndim):
-        place = place * 65_599 + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+        array = array.astype(xp.uint8)
+    kind = {1: xp.uint8, 2: xp.uint16}.get(array.dtype.itemsize, xp.uint32)
+    bits = array.view(kind).astype(xp.uint32)
+    place = xp.zeros((1,) * bits.ndim, xp.uint32)
+    for axis, size in enumerate(bits.shape):
+        at = xp.arange(size, dtype=xp.uint32)
+        place = place * xp.uint32(65_599) + at.reshape(-1, *(1,) * (bits.ndim - axis - 1))
+    return (bits * (2 * place + xp.uint32(1))).sum(dtype=xp.uint32)
+
+
+_compiled_mark = jax.jit(partial(_mark, xp=jnp))
 
 
 def _reason(error: BaseException) -> str:
