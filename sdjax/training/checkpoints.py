@@ -50,7 +50,8 @@ class Checkpoints:
         """Begin to save a tree of jax's arrays and a dict of JSON, and return.
 
         The arrays may be donated as soon as this returns. It waits for the save before. One that
-        fails is noted, and the next is tried all the same: see `wait`.
+        fails is noted, and the next is tried all the same: see `wait`. On a pod all processes save,
+        and `extra` is the first one's.
         """
         import orbax.checkpoint as ocp
 

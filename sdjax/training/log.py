@@ -199,7 +199,8 @@ class Log:
         if self._rate is None:
             return ""
         left = duration((self._steps - self._step) / self._rate)
-        return f", {self._rate * self._size:.3g} images/s, {left} left"
+        images = self._rate * self._size
+        return f", {images:{'.0f' if images >= 100 else '.3g'}} images/s, {left} left"
 
 
 def cut(path: Path, step: int) -> None:
