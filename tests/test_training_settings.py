@@ -268,7 +268,7 @@ def test_a_resumed_run_keeps_what_its_weights_depend_on():
 def test_missing_files_are_refused_by_key(tmp_path):
     (tmp_path / "runs").mkdir()
     for override, sentence in [
-        ("model.config=sd9", "model.config 'sd9' is neither a shipped config (sd1, "),
+        ("model.config=sd9", "model.config 'sd9' is neither a shipped config ("),
         ("model.vae=runs/first", "model.vae: there is no model at runs/first"),
         ("data.source=imagez", "data.source: there is nothing at imagez"),
     ]:
