@@ -93,11 +93,11 @@ def _folds(
         c.cover(edge, lit, 15)
     if snow or scene.terrain == "city":
         return
-    number = int(16 * c.width / 128)
+    number = int(11 * c.width / 128)
     rng = branch(rng)
     x, y = rng.uniform(0, c.width, number), rng.uniform(0.68, 0.99, number) * c.height
     size = 0.5 + 0.9 * (y / c.height - 0.6) / 0.4
-    dots = c.marks("dot", zip(x, y, size, np.full(number, 0.75), strict=True), c.height)
+    dots = c.marks("dot", zip(x, y, size, np.full(number, 0.6), strict=True), c.height)
     c.mix(dots, tint(colours, _FLOWERS[scene.terrain], 0.0))
 
 
@@ -231,7 +231,7 @@ def _spot(
 
 
 def _rain(c: Canvas, colours: Palette, rng: np.random.Generator) -> None:
-    number = int(46 * c.width * c.height / 128**2)
+    number = int(38 * c.width * c.height / 128**2)
     x, y = rng.uniform(-5, c.width + 5, number), rng.uniform(-5, c.height, number)
     long, faint = rng.uniform(7, 12, number), rng.uniform(0.3, 0.6, number)
     lines = [
@@ -242,7 +242,8 @@ def _rain(c: Canvas, colours: Palette, rng: np.random.Generator) -> None:
 
 
 def _snow(c: Canvas, rng: np.random.Generator) -> None:
-    number = int(60 * c.width * c.height / 128**2)
+    number = int(40 * c.width * c.height / 128**2)
     x, y = rng.uniform(0, c.width, number), rng.uniform(0, c.height, number)
-    size, shine = rng.uniform(0.9, 1.9, number), rng.uniform(0.6, 0.95, number)
-    c.mix(c.marks("dot", zip(x, y, size, shine, strict=True), c.height), f32((255, 255, 255)))
+    size, shine = rng.uniform(1.1, 1.9, number), rng.uniform(0.6, 0.9, number)
+    flakes = c.marks("dot", zip(x, y, size, shine, strict=True), c.height, 0.5)
+    c.mix(flakes, f32((255, 255, 255)))

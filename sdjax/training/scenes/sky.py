@@ -21,7 +21,7 @@ def paint_sky(c: Canvas, scene: Scene, colours: Palette, rng: np.random.Generato
     rng = branch(rng)
     x, y = _stand(c, scene, rng)
     if scene.time == "night" and scene.weather in ("clear", "cloudy"):
-        _stars(c, branch(rng), 0.75 if scene.weather == "clear" else 0.3, (x, y) if disc else None)
+        _stars(c, branch(rng), 0.95 if scene.weather == "clear" else 0.3, (x, y) if disc else None)
     if scene.sky == "aurora":
         _aurora(c, rng)
     elif scene.sky == "rainbow":
@@ -102,13 +102,13 @@ def _disc_like(
 def _stars(
     c: Canvas, rng: np.random.Generator, most: Number, disc: tuple[Number, Number] | None
 ) -> None:
-    number = int(44 * c.width / 128)
+    number = int(28 * c.width / 128)
     x, y = rng.uniform(0, c.width, number), rng.random(number) ** 1.3 * 0.42 * c.height
-    size, shine = rng.uniform(0.55, 1.05, number), rng.uniform(0.35, 1, number) * most
+    size, shine = rng.uniform(0.7, 1.15, number), rng.uniform(0.35, 1, number) * most
     if disc is not None:
         shine = np.where((x - disc[0]) ** 2 + (y - disc[1]) ** 2 < 196, 0, shine)
     shapes = zip(x, y, size, shine, strict=True)
-    c.mix(c.marks("dot", shapes, c.horizon), f32((240, 240, 255)))
+    c.mix(c.marks("dot", shapes, c.horizon, 0.4), f32((240, 240, 255)))
 
 
 def _aurora(c: Canvas, rng: np.random.Generator) -> None:
