@@ -2,9 +2,13 @@
 
 A program is written for one device and a batch [b, ...]. Here the batch is padded to a multiple of
 the device count, split to [devices, b / devices, ...] and mapped with `jax.pmap`. Every process of
-a pod maps over its own devices: sampling needs no communication between them.
+a pod maps over its own devices: sampling needs no communication between them. Training does: its
+programs are written for the whole batch and all devices, and `mesh` and `shardings` say where the
+arrays lie.
 """
 
+import math
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -13,6 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sdjax.errors import InputError
+
+_SMALL = 2**14
+"""Numbers in an array below which it is not worth splitting."""
 
 
 def device_count() -> int:
@@ -121,3 +130,92 @@ class Parts(NamedTuple):
 def is_key(leaf: Any) -> bool:
     """Whether a leaf is an array of random keys."""
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def start_processes() -> None:
+    """Join the processes of a pod or a cluster, where the environment says there is one.
+
+    jax finds TPU pods, Slurm and Open MPI by itself; elsewhere JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID say it. Call it before anything computes. Once only.
+    """
+    if jax.distributed.is_initialized():
+        return
+    given = {name: os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID")}
+    if "JAX_COORDINATOR_ADDRESS" in os.environ and all(given.values()):
+        jax.distributed.initialize(
+            os.environ["JAX_COORDINATOR_ADDRESS"],
+            int(given["NUM_PROCESSES"] or 1),
+            int(given["PROCESS_ID"] or 0),
+        )
+    elif any(name in os.environ for name in ("TPU_WORKER_HOSTNAMES", "SLURM_JOB_ID")):
+        hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+        if len(hosts) > 1 or int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+            jax.distributed.initialize()
+
+
+def process() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    return jax.process_index(), jax.process_count()
+
+
+def mesh(fsdp: int = 1) -> Mesh:
+    """All devices of all processes, as (data, fsdp): params lie in `fsdp` parts, see `shardings`.
+
+    InputError: `fsdp` does not divide the number of devices.
+    """
+    devices = np.array(jax.devices())
+    if devices.size % fsdp:
+        raise InputError(
+            f"mesh.fsdp must divide the number of devices, {devices.size}, got {fsdp}: try "
+            f"{math.gcd(fsdp, devices.size)}"
+        )
+    return Mesh(devices.reshape(-1, fsdp), ("data", "fsdp"))
+
+
+def shardings(tree: Any, over: Mesh) -> Any:
+    """How each array of a tree lies on a mesh, by one rule for params, averages and moments.
+
+    The longest axis that `fsdp` divides is split over it (Zhao et al. 2023, arXiv 2304.11277; ZeRO,
+    arXiv 1910.02054); arrays of fewer than 2^14 numbers, and those without such an axis, are whole
+    on every device.
+    """
+    parts = over.shape["fsdp"]
+
+    def rule(leaf: Any) -> NamedSharding:
+        axes = [n for n, size in enumerate(leaf.shape) if size % parts == 0]
+        if parts == 1 or not axes or math.prod(leaf.shape) < _SMALL:
+            return NamedSharding(over, PartitionSpec())
+        longest = max(axes, key=lambda n: leaf.shape[n])
+        return NamedSharding(over, PartitionSpec(*[None] * longest, "fsdp"))
+
+    return jax.tree.map(rule, tree)
+
+
+def whole(over: Mesh) -> NamedSharding:
+    """All of an array on every device."""
+    return NamedSharding(over, PartitionSpec())
+
+
+def rows(over: Mesh) -> NamedSharding:
+    """An array's first axis split over all devices."""
+    return NamedSharding(over, PartitionSpec(("data", "fsdp")))
+
+
+def distribute(batch: Any, over: Mesh) -> Any:
+    """This process's rows of a batch, as parts of arrays [b, ...] that lie on all devices."""
+    sharding = rows(over)
+    return jax.tree.map(
+        lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), batch
+    )
+
+
+def gather(tree: Any) -> Any:
+    """Numpy arrays of a tree that lies anywhere on the mesh, whole, in every process."""
+    from jax.experimental import multihost_utils
+
+    def one(leaf: Any) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
+
+    return jax.tree.map(one, tree)

@@ -57,7 +57,7 @@ class Tokenizer:
         """Read the folder of a CLIP tokenizer, as any release of transformers saved it."""
         from sdjax.checkpoints import tokenizer_files
 
-        return _build(tokenizer_files.read(Path(folder)), str(folder))
+        return build(tokenizer_files.read(Path(folder)), str(folder))
 
     def save(self, folder: str | Path) -> None:
         """Write a folder that every release of transformers reads."""
@@ -144,10 +144,10 @@ def _shipped(pad: str) -> Tokenizer:
         raise InputError(f"pad must be a token of CLIP's vocabulary, got {pad!r}: try '!'")
     token = parts.added[0] | {"content": pad}
     parts = parts._replace(added=[*parts.added, token], named={**parts.named, "pad_token": pad})
-    return _build(parts, str(folder))
+    return build(parts, str(folder))
 
 
-def _build(parts: "Parts", where: str) -> Tokenizer:
+def build(parts: "Parts", where: str) -> Tokenizer:
     """Number the added tokens as transformers does, and write all parts into one definition."""
     vocab, named = parts.vocab, parts.named
     if named["unk_token"] not in vocab:

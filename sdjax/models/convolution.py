@@ -154,8 +154,11 @@ def _two_by_two_jvp(primals: tuple, tangents: tuple) -> tuple:
 def _four_products(x: Array, kernel: Array) -> Array:
     _, h, w, _ = x.shape
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    taps = [(i, j) for i in (0, 1) for j in (0, 1)]
-    return sum(jnp.dot(padded[:, i : i + h + 1, j : j + w + 1], kernel[i, j]) for i, j in taps)
+
+    def tap(i: int, j: int) -> Array:
+        return jnp.dot(padded[:, i : i + h + 1, j : j + w + 1], kernel[i, j])
+
+    return tap(0, 0) + tap(0, 1) + tap(1, 0) + tap(1, 1)
 
 
 def _sandwich(matrix: tuple, grid: list[list[Array]]) -> list[list[Array]]:

@@ -1,0 +1,362 @@
+"""From settings to what a loop runs: a stage, its first weights, its data, its pictures, its end."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from sdjax import config
+from sdjax.checkpoints import save
+from sdjax.checkpoints.autoencoder import load_autoencoder, save_vae
+from sdjax.checkpoints.loading import CLASSES, family, load, load_vae
+from sdjax.checkpoints.lora import save_lora
+from sdjax.checkpoints.lpips import load_lpips
+from sdjax.diffusion.schedules import Schedule
+from sdjax.errors import InputError
+from sdjax.images import contact_sheet
+from sdjax.model import FrozenConfig, Model, Params
+from sdjax.models.discriminator import Discriminator
+from sdjax.models.vae import AutoencoderKL
+from sdjax.models.vq import VQModel
+from sdjax.tasks.text_to_image import text_to_image
+from sdjax.text import Tokenizer
+from sdjax.training import data, encoding
+from sdjax.training.data import Batches, Source
+from sdjax.training.first_stage import FirstStage, FirstStageLoss, measure_scale
+from sdjax.training.fresh import fresh
+from sdjax.training.lora import Lora
+from sdjax.training.losses import DiffusionLoss
+from sdjax.training.second_stage import SecondStage
+from sdjax.training.settings import Run
+from sdjax.training.vocabulary import learn
+
+HELD_OUT = 2**31 - 1
+"""The scenes that reconstructions are shown of are of this seed's world, which nobody trains on."""
+
+Note = Callable[[str], None]
+
+
+class Job(NamedTuple):
+    """A run, ready to go."""
+
+    stage: Any
+    params: Params | None
+    """What training starts from; None draws it."""
+    frozen: Params
+    batches: Batches
+    picture: Callable[[Params, Any], np.ndarray | None]
+    """A sheet of samples from params and `extra`: uint8 [h, w, 3]."""
+    save: Callable[[Path, Params, Any, bool], Path]
+    """Write what was learnt, from params and `extra`, into a folder; True if they are averages."""
+
+
+def job(run: Run, note: Note, process: tuple[int, int] = (0, 1)) -> Job:
+    """Load and build all that the settings name.
+
+    InputError: what cannot be loaded, or does not fit together.
+    """
+    return first(run, process) if run.kind == "first_stage" else second(run, note, process)
+
+
+def first(run: Run, process: tuple[int, int]) -> Job:
+    """An autoencoder's training."""
+    module, params = _autoencoder(run)
+    lpips, frozen = None, {}
+    if run.loss.lpips:
+        lpips, frozen["lpips"] = load_lpips(*run.loss.lpips)
+    loss = FirstStageLoss(
+        pixel_loss=run.loss.pixel,
+        kl_weight=run.loss.kl_weight,
+        perceptual_weight=run.loss.perceptual_weight,
+        disc_start=run.loss.disc_start,
+        disc_weight=run.loss.disc_weight,
+        disc_factor=run.loss.disc_factor,
+        disc_loss=run.loss.disc_loss,
+        codebook_weight=run.loss.codebook_weight,
+        beta=run.loss.codebook_beta,
+        ema_decay=run.loss.codebook_decay,
+        learn_logvar=run.loss.learn_logvar,
+        reduction=run.loss.reduction,
+    )
+    stage = FirstStage(
+        vae=module,
+        discriminator=Discriminator() if run.loss.discriminator else None,
+        lpips=lpips,
+        loss=loss,
+        dtype=run.model.dtype,
+        remat=run.model.remat,
+    )
+    if params is not None:
+        drawn, _ = stage.init(jax.random.key(run.run.seed))
+        params = drawn | {"vae": params}
+    source = _source(run, captions=False)
+    held = _held_out(run, source, 8)
+    reconstruct = jax.jit(stage.reconstruct)
+
+    def picture(params: Params, extra: Any) -> np.ndarray:
+        made = np.asarray(reconstruct(params, extra, held))
+        return contact_sheet([*held, *made], columns=len(held))
+
+    def finish(folder: Path, params: Params, extra: Any, averaged: bool) -> Path:
+        batches = _batches(run, source, {}, (0, 1))
+        with batches:
+            seen = [next(batches) for _ in range(max(1, 256 // run.run.batch_size))]
+        scale = measure_scale(stage, params, seen, extra=extra)
+        tree = stage.autoencoder(params, extra)
+        where = folder / ("vae" if averaged else "vae-last")
+        return save_vae(where, module, tree, scale, overwrite=True)
+
+    return Job(stage, params, frozen, _batches(run, source, {}, process), picture, finish)
+
+
+def second(run: Run, note: Note, process: tuple[int, int]) -> Job:
+    """A diffusion model's training."""
+    model, params = _model(run)
+    lora = None
+    if run.lora is not None:
+        lora = Lora(run.lora.rank, run.lora.alpha, run.lora.targets)
+    loss = DiffusionLoss(
+        kind=run.loss.kind,
+        min_snr_gamma=run.loss.min_snr_gamma,
+        offset_noise=run.loss.offset_noise,
+        caption_dropout=run.loss.caption_dropout,
+        timesteps=run.loss.timesteps,
+        perturbation=run.loss.perturbation,
+        huber_scale=run.loss.huber_scale,
+    )
+    trained = tuple(run.model.train)
+    stage = SecondStage(model, trained, loss, run.model.dtype, run.model.remat, lora)
+    kept = {name: tree for name, tree in params.items() if lora or name not in trained}
+    start = None if lora else {name: params[name] for name in trained}
+
+    opened = _source(run)
+    source: Source | data.Cached = opened
+    words: dict[str, Tokenizer] = {}
+    for name, key in (("tokenizer", "ids"), ("tokenizer_2", "ids_2")):
+        if getattr(model, name) is not None:
+            words[key] = getattr(model, name)
+    frozen = kept
+    if run.data.cache:
+        texts = any(name.startswith("text_encoder") for name in trained)
+        source = _cached(run, note, model, params, opened, words, not texts)
+        frozen = {name: tree for name, tree in kept.items() if name != "vae"}
+        if not texts:
+            frozen = {n: t for n, t in frozen.items() if not n.startswith("text_encoder")}
+            frozen["empty"] = encoding.empty(model, params)
+
+    def networks(trained: Params) -> Params:
+        return stage.networks(trained, kept)
+
+    def picture(trained: Params, extra: Any) -> np.ndarray | None:
+        prompts = run.samples.prompts
+        if not prompts:
+            return None
+        images = text_to_image(
+            model,
+            networks(trained),
+            prompts,
+            seeds=[run.samples.seed + n for n in range(len(prompts))],
+            steps=run.samples.steps,
+            guidance_scale=run.samples.guidance_scale,
+            sampler=run.samples.sampler,
+            height=run.data.height,
+            width=run.data.width,
+        )
+        return contact_sheet(list(images), prompts)
+
+    def finish(folder: Path, trained: Params, extra: Any, averaged: bool) -> Path:
+        if lora:
+            where = folder / ("lora" if averaged else "lora-last")
+            where.mkdir(exist_ok=True)
+            return save_lora(where, model, trained, lora.scale)
+        where = folder / ("model" if averaged else "model-last")
+        return save(where, model, networks(trained), overwrite=True)
+
+    batches = _batches(run, source, words, process)
+    return Job(stage, start, frozen, batches, picture, finish)
+
+
+def _autoencoder(run: Run) -> tuple[Any, Params | None]:
+    """The module and, where it is loaded, its params."""
+    if run.model.load:
+        path = Path(run.model.load)
+        alone = (path / "config.json").is_file()
+        return load_autoencoder(path) if alone else load_vae(path, dtype="float32")
+    table = _tables(run).get("vae")
+    if table is None:
+        raise InputError(f"config {run.model.config} has no [vae], which is to be trained")
+    if table.get("_class_name") == "VQModel":
+        return VQModel.from_config(table), None
+    return AutoencoderKL.from_config(table), None
+
+
+def _model(run: Run) -> tuple[Model, Params]:
+    if run.model.load:
+        model, params = load(run.model.load, dtype="float32")
+    else:
+        model, params = _fresh(run)
+    if run.model.vae:
+        path = Path(run.model.vae)
+        alone = (path / "config.json").is_file()
+        vae, params["vae"] = load_autoencoder(path) if alone else load_vae(path, dtype="float32")
+        if not isinstance(vae, AutoencoderKL):
+            raise InputError(f"model.vae {path} is a VQModel: a KL autoencoder is wanted")
+        model = dataclasses.replace(model, vae=vae)
+    changed = {
+        key: value
+        for key, value in (
+            ("prediction_type", run.loss.prediction),
+            ("rescale_betas_zero_snr", run.loss.zero_snr),
+        )
+        if value is not None
+    }
+    if changed:
+        scheduler = model.scheduler.dict() | changed
+        model = dataclasses.replace(
+            model,
+            scheduler=FrozenConfig.of(scheduler),
+            schedule=Schedule.from_config(scheduler),
+        )
+    return model, params
+
+
+def _fresh(run: Run) -> tuple[Model, Params]:
+    """The networks of a config with new weights, its tokenizer and its schedule."""
+    tables = _tables(run)
+    modules = {n: CLASSES[n].from_config(tables[n]) for n in CLASSES if n in tables}
+    for name in ("unet", "vae", "text_encoder"):
+        if name not in modules:
+            raise InputError(f"config {run.model.config} has no [{name}]: a model needs one")
+    key = jax.random.key(run.run.seed)
+    params = {n: fresh(m, jax.random.fold_in(key, i)) for i, (n, m) in enumerate(modules.items())}
+    model = Model(
+        unet=modules["unet"],
+        vae=modules["vae"],
+        text_encoder=modules["text_encoder"],
+        text_encoder_2=modules.get("text_encoder_2"),
+        tokenizer=_tokenizer(tables.get("tokenizer", {})),
+        tokenizer_2=_tokenizer(tables["tokenizer_2"]) if "tokenizer_2" in tables else None,
+        schedule=Schedule.from_config(tables["scheduler"]),
+        scheduler=FrozenConfig.of(tables["scheduler"]),
+        family=family(modules, tables["scheduler"]),
+    )
+    return model, params
+
+
+def _tables(run: Run) -> dict[str, dict[str, Any]]:
+    assert run.model.config is not None
+    return config.read(run.model.config)
+
+
+def _tokenizer(table: dict[str, Any]) -> Tokenizer:
+    """CLIP's own, that of a folder, or one that is learnt from the words of `scenes`."""
+    vocabulary = table.get("vocabulary", "clip")
+    if vocabulary == "clip":
+        return Tokenizer.clip(table.get("pad_token", "<|endoftext|>"))
+    if vocabulary == "scenes":
+        from sdjax.training import scenes
+
+        return learn(scenes.vocabulary(), table.get("model_max_length", 77))
+    return Tokenizer.load(vocabulary)
+
+
+def _source(run: Run, captions: bool = True) -> Source:
+    return data.open(
+        run.data.source,
+        caption_column=run.data.caption_column if captions else None,
+        height=run.data.height,
+        width=run.data.width,
+        seed=run.data.seed,
+        length=run.data.count,
+    )
+
+
+def _batches(
+    run: Run, source: Source | data.Cached, words: dict[str, Tokenizer], process: tuple[int, int]
+) -> Batches:
+    if isinstance(source, data.Cached):
+        return data.batches(
+            source, batch_size=run.run.batch_size, seed=run.data.seed, process=process
+        )
+    tokenize = {key: lambda text, t=t: t([text]).ids[0] for key, t in words.items()}
+    return data.batches(
+        source,
+        batch_size=run.run.batch_size,
+        height=run.data.height,
+        width=run.data.width,
+        seed=run.data.seed,
+        tokenize=tokenize,
+        flip=run.data.flip,
+        crop=run.data.crop,
+        time_ids="ids_2" in words,
+        workers=run.data.workers,
+        process=process,
+    )
+
+
+def _held_out(run: Run, source: Source, count: int) -> np.ndarray:
+    """Pictures to look at: scenes of another world, or the first ones of the data."""
+    if run.data.source == ("scenes",):
+        source = data.scenes(HELD_OUT, run.data.height, run.data.width)
+    shown = data.batches(
+        source,
+        batch_size=min(count, len(source)),
+        height=run.data.height,
+        width=run.data.width,
+        shuffle=False,
+    )
+    with shown:
+        return next(shown)["pixels"]
+
+
+def _cached(
+    run: Run,
+    note: Note,
+    model: Model,
+    params: Params,
+    source: Source,
+    words: dict[str, Tokenizer],
+    texts: bool,
+) -> data.Cached:
+    """The data as latents, and as text states where no text encoder learns."""
+    assert run.data.cache is not None
+    made_of = {
+        "data": getattr(source, "digest", str(run.data.source)),
+        "vae": _fingerprint(params["vae"]),
+        "text_encoder": _fingerprint(params.get("text_encoder", {})) if texts else None,
+        "size": [run.data.height, run.data.width],
+    }
+    encode = jax.jit(lambda params, batch: encoding.cached(model, params, batch, run.model.dtype))
+    ids = ("ids", "ids_2", "time_ids")
+
+    def made(batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        given = {k: v for k, v in batch.items() if k == "pixels" or (texts and k in ids[:2])}
+        rest = {k: v for k, v in batch.items() if k in ids and not (texts and k in ids[:2])}
+        return {**encode(params, given), **rest}
+
+    plain = dataclasses.replace(run, run=dataclasses.replace(run.run, batch_size=32))
+    last = 0
+
+    def progress(done: int, count: int) -> None:
+        nonlocal last
+        if done * 10 // count > last:
+            last = done * 10 // count
+            note(f"cached {done} of {count} examples")
+
+    with _batches(plain, source, words, (0, 1)) as batches:
+        return data.cache(
+            batches, made, run.data.cache, len(source), made_of=made_of, progress=progress
+        )
+
+
+def _fingerprint(tree: Params) -> str:
+    """Which weights these are."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
