@@ -40,7 +40,7 @@ LITTLE_VAE = {
     "up_block_types": ["UpDecoderBlock2D"] * 2,
     "layers_per_block": 1,
 }
-SHALLOW = {"num_hidden_layers": 2}
+SHALLOW, TWO_LAYERS = {"num_hidden_layers": 1}, {"num_hidden_layers": 2}
 PROMPTS = ["a red house", "a tree by the sea, at night", "", "two boats"]
 
 
@@ -53,7 +53,7 @@ def networks(family="sd1"):
         "text_encoder": peers.tiny_clip("clip-l", SHALLOW)[0],
     }
     if family == "sdxl":
-        torch_networks["text_encoder_2"] = peers.tiny_clip("openclip-bigg", SHALLOW, seed=3)[0]
+        torch_networks["text_encoder_2"] = peers.tiny_clip("openclip-bigg", TWO_LAYERS, seed=3)[0]
     classes = {
         "unet": UNet,
         "vae": AutoencoderKL,
@@ -73,6 +73,16 @@ def networks(family="sd1"):
         family=family,
     )
     return torch_networks, model, {n: peers.flax_params(m) for n, m in torch_networks.items()}
+
+
+def pipeline(family="sd1"):
+    """A pipeline of diffusers around copies of these networks; our model, and its params."""
+    _, model, params = networks(family)
+    pipe = peers.tiny_pipeline(family, LITTLE, LITTLE_VAE)
+    pipe.text_encoder = peers.tiny_clip("clip-l", SHALLOW)[0]
+    if family == "sdxl":
+        pipe.text_encoder_2 = peers.tiny_clip("openclip-bigg", TWO_LAYERS, seed=3)[0]
+    return pipe, model, params
 
 
 def with_schedule(model, **changes):
@@ -115,6 +125,23 @@ def split(params, trained):
     return {n: params[n] for n in trained}, {n: p for n, p in params.items() if n not in trained}
 
 
+@functools.cache
+def draws(loss, shape):
+    """What the stage draws of [b] keys, compiled once."""
+    return quick(lambda keys: losses.draws(keys, shape, loss, 1000), shape[0])
+
+
+@functools.cache
+def latents_noise(shape):
+    """The same for the noise of the latents."""
+    return quick(lambda keys: latent_noise(keys, shape), shape[0])
+
+
+def quick(function, count):
+    keys = noise.keys(range(count))
+    return jax.jit(function).lower(keys).compile(compiler_options=peers.QUICK)
+
+
 def torch_loss(networks, stage, batch, keys, states=None):
     """The loss as diffusers' train_text_to_image.py computes it, from what the stage draws."""
     import torch
@@ -127,20 +154,20 @@ def torch_loss(networks, stage, batch, keys, states=None):
     else:
         pixels = peers.nchw(batch["pixels"]).float() / 127.5 - 1
         moments = networks["vae"].encode(pixels).latent_dist
-        own = latent_noise(keys, peers.nhwc(moments.mean).shape)
+        own = latents_noise(peers.nhwc(moments.mean).shape)(keys)
         x0 = moments.mean + moments.std * peers.nchw(own)
         x0 = x0.detach() * networks["vae"].config.scaling_factor
     shape = peers.nhwc(x0).shape
-    drawn = losses.draws(keys, shape, loss, stage.model.schedule.timesteps)
+    drawn = draws(loss, shape)(keys)
     times = torch.tensor(np.array(drawn.timesteps), dtype=torch.int64)
-    noise, seen = peers.nchw(drawn.noise), peers.nchw(drawn.seen)
+    eps, seen = peers.nchw(drawn.noise), peers.nchw(drawn.seen)
     noisy = ddpm.add_noise(x0, seen, times)
     states = states or torch_states
     context, more = states(networks, stage, batch, np.array(drawn.dropped))
     out = networks["unet"](noisy, times, context, **more).sample
     kind = stage.model.schedule.prediction
-    wanted = {"epsilon": noise, "sample": x0}.get(kind)
-    wanted = ddpm.get_velocity(x0, noise, times) if wanted is None else wanted
+    wanted = {"epsilon": eps, "sample": x0}.get(kind)
+    wanted = ddpm.get_velocity(x0, eps, times) if wanted is None else wanted
     distance = {"l2": F.mse_loss, "l1": F.l1_loss}[loss.kind]
     each = distance(out, wanted, reduction="none").mean((1, 2, 3))
     if loss.min_snr_gamma is not None:
@@ -188,24 +215,18 @@ def torch_gradients(modules):
     return found
 
 
+def minus(ours, theirs):
+    """The difference of two trees in float64, computed without jax, which compiles every shape."""
+    return jax.tree.map(lambda a, b: np.asarray(a, np.float64) - np.asarray(b), ours, theirs)
+
+
+def norm(tree):
+    return (
+        sum(np.sum(np.square(np.asarray(leaf, np.float64))) for leaf in jax.tree.leaves(tree))
+        ** 0.5
+    )
+
+
 def distance(ours, theirs):
     """The norm of the difference over the norm of the reference, over a whole tree."""
-    pairs = jax.tree.leaves(jax.tree.map(lambda a, b: (np.array(a), np.array(b)), ours, theirs))
-    pairs = list(zip(pairs[::2], pairs[1::2], strict=True))
-    apart = sum(np.sum((a.astype(np.float64) - b) ** 2) for a, b in pairs)
-    return float(np.sqrt(apart / sum(np.sum(b.astype(np.float64) ** 2) for _, b in pairs)))
-
-
-def compare(stage, family="sd1", batch=None, states=None, seed=3):
-    """Relative errors of the loss and of the gradients; the gradients."""
-    torch_networks, _, params = networks(family)
-    batch = batch or some_batch(stage.model)
-    keys = noise.keys(range(seed, seed + 4))
-    ours = look(stage, *split(params, stage.trained), batch, keys)
-    for module in torch_networks.values():
-        module.zero_grad()
-    loss = torch_loss(torch_networks, stage, batch, keys, states)
-    loss.backward()
-    theirs = torch_gradients({name: torch_networks[name] for name in stage.trained})
-    wrong = abs(float(ours.metrics["loss"]) / float(loss.detach()) - 1)
-    return wrong, distance(ours.grads, theirs), ours
+    return float(norm(minus(ours, theirs)) / norm(theirs))

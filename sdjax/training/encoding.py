@@ -10,11 +10,9 @@ from jaxtyping import Float, Key
 from sdjax.errors import InputError
 from sdjax.model import Conditions, Model, Params, encode_text
 from sdjax.models.vae import draw
+from sdjax.training.losses import LATENT, PURPOSES
 from sdjax.training.stage import Batch
 from sdjax.types import Array, Latents
-
-_LATENT = 5
-"""What an image's key is folded with for its latents' noise; `losses` has the smaller numbers."""
 
 
 def latents(
@@ -32,7 +30,7 @@ def latent_noise(keys: Key[Array, " b"], shape: tuple[int, ...]) -> Float[Array,
     """The unit noise of each image's draw from the autoencoder's distribution."""
 
     def one(key: Key[Array, ""]) -> Array:
-        return jax.random.normal(jax.random.fold_in(key, _LATENT), shape[1:])
+        return jax.random.normal(jax.random.split(key, PURPOSES)[LATENT], shape[1:])
 
     return jax.vmap(one)(keys)
 

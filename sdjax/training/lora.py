@@ -2,7 +2,7 @@
 
 import difflib
 import functools
-import zlib
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from jaxtyping import Key
 from sdjax.checkpoints import naming
 from sdjax.errors import InputError
 from sdjax.model import Params
-from sdjax.models.lora import merge as merge
+from sdjax.training.fresh import cut
 from sdjax.types import Array
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -72,22 +72,20 @@ def check(lora: Lora, modules: dict[str, nn.Module]) -> None:
             )
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def init(lora: Lora, module: nn.Module, key: Key[Array, ""]) -> Params:
     """Draw a network's updates: a uniform within 1/sqrt(fan-in), b zero, so that a b is 0.
 
     A tree nested as the network's params, with {"a", "b"}, float32, at each target.
     """
+    found = [leaf for name, leaf in layers(module).items() if _matches(name, lora.targets)]
+    kernels = [(*leaf.shape[2:], leaf.shape[1], leaf.shape[0]) for leaf in found]
+    values = cut(jax.random.uniform, key, [(*shape[:-1], lora.rank) for shape in kernels])
     tree: dict[str, Any] = {}
-    for name, leaf in layers(module).items():
-        if not _matches(name, lora.targets):
-            continue
+    for leaf, shape, value in zip(found, kernels, values, strict=True):
         node = functools.reduce(lambda t, part: t.setdefault(part, {}), leaf.path[:-1], tree)
-        out, fan_in, *space = leaf.shape
-        bound = functools.reduce(lambda n, k: n * k, space, fan_in) ** -0.5
-        at = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        shape = (*space, fan_in, lora.rank)
-        node["a"] = jax.random.uniform(at, shape, minval=-bound, maxval=bound)
-        node["b"] = jnp.zeros((lora.rank, out))
+        node["a"] = (2 * value - 1) / math.prod(shape[:-1]) ** 0.5
+        node["b"] = jnp.zeros((lora.rank, shape[-1]))
     return tree
 
 

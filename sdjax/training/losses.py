@@ -15,8 +15,10 @@ from sdjax.types import Array, Latents
 DISTANCES = ("l2", "l1", "huber")
 TIMESTEPS = ("uniform", "cubic", "logit_normal")
 
-_TIMESTEP, _NOISE, _OFFSET, _PERTURBATION, _DROP = range(5)
-"""What an image's key is folded with, one number a purpose."""
+_TIMESTEP, _NOISE, _OFFSET, _PERTURBATION, _DROP, LATENT = range(6)
+"""An image's key is split into one key a purpose; new purposes come last, and change no other."""
+
+PURPOSES = 6
 
 
 @dataclass(frozen=True)
@@ -82,29 +84,26 @@ def draws(keys: Key[Array, " b"], shape: tuple[int, ...], loss: DiffusionLoss, c
     """
 
     def one(key: Key[Array, ""]) -> Draws:
-        def at(purpose: int) -> Key[Array, ""]:
-            return jax.random.fold_in(key, purpose)
-
-        noise = jax.random.normal(at(_NOISE), shape[1:])
+        at = jax.random.split(key, PURPOSES)
+        noise = jax.random.normal(at[_NOISE], shape[1:])
         if loss.offset_noise:
-            channels = jax.random.normal(at(_OFFSET), (1, 1, shape[-1]))
+            channels = jax.random.normal(at[_OFFSET], (1, 1, shape[-1]))
             noise = noise + loss.offset_noise * channels
         seen = noise
         if loss.perturbation:
-            seen = noise + loss.perturbation * jax.random.normal(at(_PERTURBATION), shape[1:])
-        dropped = jax.random.uniform(at(_DROP)) < loss.caption_dropout
-        return Draws(_timestep(at(_TIMESTEP), loss.timesteps, count), noise, seen, dropped)
+            seen = noise + loss.perturbation * jax.random.normal(at[_PERTURBATION], shape[1:])
+        dropped = jax.random.uniform(at[_DROP]) < loss.caption_dropout
+        return Draws(_timestep(at[_TIMESTEP], loss.timesteps, count), noise, seen, dropped)
 
     return jax.vmap(one)(keys)
 
 
 def _timestep(key: Key[Array, ""], kind: str, count: int) -> Int[Array, ""]:
-    if kind == "uniform":
-        return jax.random.randint(key, (), 0, count)
-    if kind == "cubic":
-        place = 1 - jax.random.uniform(key) ** 3
-    else:
+    if kind == "logit_normal":
         place = jax.nn.sigmoid(jax.random.normal(key))
+    else:
+        place = jax.random.uniform(key)
+        place = 1 - place**3 if kind == "cubic" else place
     return jnp.minimum((place * count).astype(jnp.int32), count - 1)
 
 
