@@ -89,6 +89,8 @@ def asked(prompt: str) -> Asked:
             continue
         if word in _KINDS:
             nouns.append(n)
+        if word == "northern" and following == "lights":
+            found.setdefault("sky", "aurora")
         for attribute, value in MEANINGS.get(word, ()):
             found.setdefault(attribute, value)
     places = {n: _PLACES[word] for n, word in enumerate(said) if word in _PLACES}

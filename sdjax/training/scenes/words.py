@@ -134,7 +134,7 @@ MEANINGS: dict[str, tuple[tuple[str, str], ...]] = {
             "sun": "sun",
             "moon": "moon moonlight moonlit",
             "rainbow": "rainbow",
-            "aurora": "aurora lights",
+            "aurora": "aurora",
         },
     }.items()
     for value, words in values.items()
@@ -144,4 +144,3 @@ MEANINGS: dict[str, tuple[tuple[str, str], ...]] = {
     "starry": (("time", "night"), ("weather", "clear")),
     "stars": (("time", "night"), ("weather", "clear")),
 }
-"""`lights` alone stands for the northern ones: nothing else in the world is called so."""
