@@ -78,5 +78,5 @@ def unit(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     """Divide by the norm over channels; where all are 0, so are the result and its gradient."""
     x = x.astype(jnp.float32)
     square = jnp.square(x).sum(-1, keepdims=True)
-    norm = jnp.where(square > 0, lax.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
-    return x / (norm + EPSILON)
+    some = square > 0
+    return jnp.where(some, x / (lax.sqrt(jnp.where(some, square, 1.0)) + EPSILON), 0.0)
