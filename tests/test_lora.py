@@ -151,8 +151,10 @@ def test_a_file_of_kohya_means_what_it_means_to_diffusers(tmp_path, family):
     pipe, model, params = trainers.pipeline(family)
     # diffusers 0.42.1 drops kohya's updates of attention in transformers 5's text encoders.
     targets = ("to_q", "to_out.0", "proj_in", "ff.net.0.proj", "fc1")
-    if family == "sdxl":  # several levels, which CompVis numbers in one list
-        pipe.unet, config = peers.tiny_unet("sdxl")
+    if family == "sdxl":  # levels, which CompVis numbers in one list
+        changes = peers.FEW_LAYERS["unet"] | {"attention_head_dim": [2, 4]}
+        changes["transformer_layers_per_block"] = 1
+        pipe.unet, config = peers.tiny_unet("sdxl", changes)
         model = dataclasses.replace(model, unet=UNet.from_config(config))
         params = params | {"unet": peers.flax_params(pipe.unet)}
     lora, tree = some_lora(model, Lora(rank=2, alpha=1.0, targets=targets))

@@ -12,7 +12,7 @@ from sdjax.model import Conditions, Model, Params
 from sdjax.models.lora import merge
 from sdjax.training import lora as low_rank
 from sdjax.training import losses
-from sdjax.training.encoding import conditions, empty_prompt, latents, of
+from sdjax.training.encoding import conditions, empty, empty_prompt, latents, of
 from sdjax.training.fresh import fresh
 from sdjax.training.lora import Lora
 from sdjax.training.losses import DiffusionLoss, Draws
@@ -121,21 +121,23 @@ class SecondStage:
                 f"a batch has cached text states, and {', '.join(self.trained)} are trained: train "
                 "the unet alone, or give ids"
             )
-        given = conditions(self.model, networks, batch, self.dtype)
         if not self.loss.caption_dropout:
-            return given
-        if self.model.zero_negative:
-            none = jax.tree.map(jnp.zeros_like, given)
-        elif "empty" in networks:
-            none = Conditions(networks["empty"]["context"], networks["empty"].get("pooled"))
-        else:
-            none = conditions(self.model, networks, empty_prompt(self.model), self.dtype)
+            return conditions(self.model, networks, batch, self.dtype)
 
-        def choose(value: Array, instead: Array) -> Array:
+        def choose(value: Array, instead: Any) -> Array:
             mask = dropped.reshape(-1, *(1,) * (value.ndim - 1))
-            return jnp.where(mask, instead.astype(value.dtype), value)
+            return jnp.where(mask, jnp.asarray(instead, value.dtype), value)
 
-        return jax.tree.map(choose, given, none)
+        if self.model.zero_negative:
+            given = conditions(self.model, networks, batch, self.dtype)
+            return jax.tree.map(lambda value: choose(value, jnp.zeros_like(value)), given)
+        if "context" not in batch:
+            prompts = empty_prompt(self.model)
+            ids = {name: choose(of(batch, name), prompts[name]) for name in prompts}
+            return conditions(self.model, networks, batch | ids, self.dtype)
+        none = networks.get("empty") or empty(self.model, networks)
+        states = {name: choose(of(batch, name), value) for name, value in none.items()}
+        return conditions(self.model, networks, batch | states)
 
 
 def _check(stage: SecondStage) -> None:
