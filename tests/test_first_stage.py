@@ -341,3 +341,14 @@ def test_what_does_not_exist_is_refused_in_one_sentence():
         FirstStageLoss(disc_loss="wgan")
     with pytest.raises(InputError, match="ema_decay must be"):
         FirstStageLoss(ema_decay=1.0)
+    stage = FirstStage(with_codebook()[0].vae, Discriminator(), LPIPS())
+    with pytest.raises(InputError, match="width must be a multiple of 2, got 33: try 32"):
+        stage.check(32, 33)
+    with pytest.raises(
+        InputError, match="height must be at least 24 for the discriminator, got 16"
+    ):
+        stage.check(16, 32)
+    with pytest.raises(InputError, match="norm must be one of batch, group, none, got 'layer'"):
+        jax.eval_shape(
+            Discriminator(norm="layer").init, jax.random.key(0), jnp.zeros((1, 32, 32, 3))
+        )

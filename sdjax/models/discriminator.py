@@ -6,12 +6,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float
 
+from sdjax.errors import InputError
 from sdjax.models.convolution import conv2d
 from sdjax.models.layers import GroupNorm
 from sdjax.types import Array
 
 EPSILON = 1e-5
 SLOPE = 0.2
+NORMS = ("batch", "group", "none")
 WIDEST = 8
 """Times `ndf`: the most channels of a layer."""
 
@@ -31,9 +33,16 @@ class Discriminator(nn.Module):
     n_layers: int = 3
     norm: str = "batch"
 
+    @property
+    def smallest(self) -> int:
+        """Pixels that a side needs for one logit."""
+        return 3 * 2**self.n_layers
+
     @nn.compact
     def __call__(self, x: Float[Array, "b H W c"]) -> Float[Array, "b h w 1"]:
-        """Return logits, high for real images; at least 2^(n_layers + 1) + 2^n_layers pixels."""
+        """Return logits, high for real images of at least `smallest` pixels in each direction."""
+        if self.norm not in NORMS:
+            raise InputError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
         x = jnp.asarray(x)
         at = 0
         for i in range(self.n_layers + 1):

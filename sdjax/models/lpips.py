@@ -30,11 +30,16 @@ class LPIPS(nn.Module):
 
     widths: tuple[int, ...] = (64, 128, 256, 512, 512)
 
+    @property
+    def smallest(self) -> int:
+        """Pixels that a side needs, to be halved four times."""
+        return 16
+
     @nn.compact
     def __call__(
         self, x: Float[Array, "b h w 3"], y: Float[Array, "b h w 3"]
     ) -> Float[Array, " b"]:
-        """Return the distance of each pair of images in -1..1, of 16 pixels at least."""
+        """Return the distance of each pair of images in -1..1, of `smallest` pixels at least."""
         net = VGG(self.widths, name="net")
         features = (net((jnp.asarray(image) - SHIFT) / SCALE) for image in (x, y))
         total = jnp.zeros(len(x), jnp.float32)

@@ -92,6 +92,21 @@ class FirstStage:
             return params["vae"]
         return params["vae"] | {"quantize": {"embedding": {"embedding": vq.learnt(extra)}}}
 
+    def check(self, height: int, width: int) -> None:
+        """Refuse sizes of images that the networks cannot take, by an InputError."""
+        factor, needed = self.vae.factor, {}
+        if self.lpips is not None and self.loss.perceptual_weight > 0:
+            needed["LPIPS"] = self.lpips.smallest
+        if self.discriminator is not None:
+            needed["the discriminator"] = self.discriminator.smallest
+        for name, size in (("height", height), ("width", width)):
+            if size % factor:
+                near = max(size // factor, 1) * factor
+                raise InputError(f"{name} must be a multiple of {factor}, got {size}: try {near}")
+            for who, least in needed.items():
+                if size < least:
+                    raise InputError(f"{name} must be at least {least} for {who}, got {size}")
+
     def gradients(
         self,
         params: Params,
@@ -107,6 +122,7 @@ class FirstStage:
         reconstructions, mean over images); kl, or codebook and perplexity (of the vectors' use, at
         most their number); perceptual; g_loss, d_weight, disc_loss, logits_real, logits_fake.
         """
+        self.check(*batch["pixels"].shape[1:3])
         pixels = to_float(batch["pixels"])
         forward = functools.partial(self._forward, extra=extra, pixels=pixels, keys=keys)
         (made, regular), pull, (last, extra, metrics) = jax.vjp(
