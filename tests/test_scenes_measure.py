@@ -104,9 +104,9 @@ def test_reading_learns_the_mean_over_images():
     np.testing.assert_allclose(whole.metrics["loss"], again.metrics["loss"], rtol=1e-5)
     for a, b in zip(jax.tree.leaves(whole.grads), jax.tree.leaves(again.grads), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max() + 1e-7)
-    # From noise to numbers: some steps along the gradient make the loss smaller.
-    for _ in range(5):
-        grads = gradients(params, extra, {}, batch, keys, step).grads
-        params = jax.tree.map(lambda p, g: p - 1e-3 * g, params, grads)
-    later = gradients(params, extra, {}, batch, keys, step)
-    assert later.metrics["loss"] < whole.metrics["loss"]
+    # The gradient is the loss's: a small step along it takes off what it promises.
+    loss = whole.metrics["loss"]
+    slope = sum(jnp.vdot(g, g) for g in jax.tree.leaves(whole.grads))
+    less = jax.tree.map(lambda p, g: p - 0.01 * loss / slope * g, params, whole.grads)
+    later = gradients(less, extra, {}, batch, keys, step).metrics["loss"]
+    np.testing.assert_allclose(loss - later, 0.01 * loss, rtol=0.2)
