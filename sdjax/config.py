@@ -17,7 +17,7 @@ Configs = dict[str, dict[str, Any]]
 
 def names() -> tuple[str, ...]:
     """The names that `read` knows, sorted."""
-    stems = (f.name.removesuffix(".toml") for f in _home().iterdir() if f.name.endswith(".toml"))
+    stems = (f.name.removesuffix(".toml") for f in home().iterdir() if f.name.endswith(".toml"))
     return tuple(sorted(stems))
 
 
@@ -31,7 +31,7 @@ def read(name: str | Path) -> Configs:
 
 def _parse(name: str | Path) -> dict[str, Any]:
     if isinstance(name, str) and name in names():
-        file: Traversable = _home() / f"{name}.toml"
+        file: Traversable = home() / f"{name}.toml"
     elif Path(name).suffix == ".toml" and Path(name).is_file():
         file = Path(name)
     else:
@@ -51,7 +51,7 @@ def _parse(name: str | Path) -> dict[str, Any]:
     return parsed
 
 
-def _home() -> Traversable:
+def home() -> Traversable:
     """`sdjax/configs` in a wheel, `configs` beside `sdjax` in a source tree."""
     package = importlib.resources.files("sdjax")
     shipped = package / "configs"

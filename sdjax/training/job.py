@@ -1,4 +1,4 @@
-"""From settings to what a loop runs: a stage, its first weights, its data, its pictures, its end."""
+"""From settings to what a loop runs: a stage, first weights, data, pictures, and what is saved."""
 
 import dataclasses
 from collections.abc import Callable
@@ -184,7 +184,7 @@ def _autoencoder(run: Run) -> tuple[Any, Params | None]:
     if run.model.load:
         path = Path(run.model.load)
         alone = (path / "config.json").is_file()
-        return load_autoencoder(path) if alone else load_vae(path, dtype="float32")
+        return (load_autoencoder if alone else load_vae)(path, dtype="float32")
     table = _tables(run).get("vae")
     if table is None:
         raise InputError(f"config {run.model.config} has no [vae], which is to be trained")
@@ -201,7 +201,7 @@ def _model(run: Run) -> tuple[Model, Params]:
     if run.model.vae:
         path = Path(run.model.vae)
         alone = (path / "config.json").is_file()
-        vae, params["vae"] = load_autoencoder(path) if alone else load_vae(path, dtype="float32")
+        vae, params["vae"] = (load_autoencoder if alone else load_vae)(path, dtype="float32")
         if not isinstance(vae, AutoencoderKL):
             raise InputError(f"model.vae {path} is a VQModel: a KL autoencoder is wanted")
         model = dataclasses.replace(model, vae=vae)

@@ -47,7 +47,7 @@ def train(run: Run, *, note: Note = lambda line: None, resume: bool = True) -> P
     out = Path(run.run.out)
     work = job(run, note, process)
     mesh = parallel.mesh(run.mesh.fsdp)
-    builder = optimizer.build(run)
+    builder = optimizer.build(run.optimizer, run.run.steps)
     averaged = run.ema.decay > 0
 
     def begin(params: Params | None) -> State:

@@ -1,26 +1,26 @@
-"""The optimiser: warm-up, a constant or cosine rate, clipping, AdamW; one chain a group of networks."""
+"""The optimiser: warm-up, a constant or cosine rate, clipping, AdamW."""
 
 from typing import Any
 
 import jax
 import optax
 
-from sdjax.training.settings import Optimizer, Run
+from sdjax.training.settings import Optimizer
 
 DISCRIMINATOR = "discriminator"
 """The network that plays against the others: a rate, a norm and moments of its own."""
 
 
-def build(run: Run) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) as the run's settings say.
+def build(settings: Optimizer, steps: int) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) for a run of `steps`.
 
     Gradients are clipped by the global norm of a group: the discriminator is one, all else the
     other. Weight decay acts on every parameter, as in torch.
     """
-    own = run.optimizer.discriminator_learning_rate or run.optimizer.learning_rate
+    own = settings.discriminator_learning_rate or settings.learning_rate
     chains = {
-        "main": _chain(run.optimizer, run.optimizer.learning_rate, run.run.steps),
-        DISCRIMINATOR: _chain(run.optimizer, own, run.run.steps),
+        "main": _chain(settings, settings.learning_rate, steps),
+        DISCRIMINATOR: _chain(settings, own, steps),
     }
     return optax.partition(chains, groups)
 

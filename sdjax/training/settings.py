@@ -54,7 +54,7 @@ _KNOWN = [*_PLAIN, *(f"{name}.{key}" for name, cls in TABLES.items() for key in 
 
 def names() -> tuple[str, ...]:
     """The shipped runs, sorted."""
-    home = config._home() / "train"
+    home = config.home() / "train"
     if not home.is_dir():
         return ()
     stems = (f.name.removesuffix(".toml") for f in home.iterdir() if f.name.endswith(".toml"))
@@ -135,7 +135,7 @@ def dumps(run: Run) -> str:
 
 def _found(source: str | Path) -> tuple[Traversable, str]:
     if isinstance(source, str) and source in names():
-        return config._home() / "train" / f"{source}.toml", source
+        return config.home() / "train" / f"{source}.toml", source
     path = Path(source)
     if "\0" not in str(source) and path.is_file():
         return path, path.stem

@@ -1,6 +1,6 @@
 """`Stage`: what differs between one kind of training and another."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int, Key
 
@@ -22,6 +22,7 @@ class Gradients(NamedTuple):
     """Means over the batch, `loss` among them."""
 
 
+@runtime_checkable
 class Stage(Protocol):
     """One kind of training: a frozen, hashable dataclass, static under jit.
 
@@ -30,7 +31,11 @@ class Stage(Protocol):
     """
 
     def init(self, key: Key[Array, ""]) -> tuple[Params, Any]:
-        """Draw the params that are trained, one tree a network, and the first `extra`."""
+        """Draw the params that are trained, one tree a network, and their `first_extra`."""
+        ...
+
+    def first_extra(self, params: Params) -> Any:
+        """The `extra` to start from with these params."""
         ...
 
     def gradients(

@@ -36,12 +36,12 @@ def start(
     params: Params | None = None,
 ) -> State:
     """The state before the first step; `params` instead of freshly drawn ones, to fine-tune."""
-    drawn, extra = stage.init(jax.random.fold_in(key, 0))
-    params = drawn if params is None else params
+    if params is None:
+        params, _ = stage.init(jax.random.fold_in(key, 0))
     return State(
         step=jnp.int32(0),
         params=params,
-        extra=extra,
+        extra=stage.first_extra(params),
         average=jax.tree.map(jnp.copy, _averaged(params)) if averaged else {},
         optimizer=optimizer.init(params),
         key=jax.random.fold_in(key, 1),
@@ -76,7 +76,7 @@ def stepper(
         )
         metrics = {k: v.astype(jnp.float32) for k, v in metrics.items()}
         for name, tree in grads.items():
-            metrics[f"grad_norm/{name}"] = optax.global_norm(tree)
+            metrics[f"grad_norm/{name}"] = optax.tree.norm(tree)
         return State(done, params, extra, average, moments, state.key), metrics
 
     return step

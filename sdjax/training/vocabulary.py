@@ -1,4 +1,4 @@
-"""A tokenizer of one's own, in CLIP's file format: byte-pair encoding learnt from a list of words."""
+"""A tokenizer of one's own, in CLIP's file format: byte pairs learnt from a list of words."""
 
 import json
 from collections.abc import Iterable
