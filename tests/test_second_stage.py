@@ -51,7 +51,9 @@ def test_a_loaded_sd1_takes_three_steps_of_adamw_as_torch_does_and_is_saved(tmp_
 
     run = None
     for i in range(3):
-        batch, keys = trainers.some_batch(model, seed=i), noise.keys(range(4 * i, 4 * i + 4))
+        batch = {"latents": trainers.latents_batch(i)["latents"]}
+        batch |= {"ids": trainers.some_batch(model)["ids"]}
+        keys = noise.keys(range(4 * i, 4 * i + 4))
         args = params, state, frozen, batch, keys
         run = run or jax.jit(step).lower(*args).compile(compiler_options=peers.QUICK)
         params, state, got = run(*args)
@@ -73,7 +75,9 @@ def test_a_loaded_sd1_takes_three_steps_of_adamw_as_torch_does_and_is_saved(tmp_
         assert trainers.distance(peers.flax_params(getattr(other, name)), params[name]) == 0
 
 
-def test_sdxl_learns_v_with_zero_snr_offset_noise_and_blocks_computed_twice():
+def test_sdxl_learns_v_with_zero_snr_offset_noise_and_blocks_computed_twice(tmp_path):
+    from diffusers import StableDiffusionXLPipeline
+
     torch_networks, model, params = trainers.networks("sdxl")
     model = trainers.with_schedule(model, prediction="v_prediction", zero_snr=True)
     loss = DiffusionLoss(kind="l1", offset_noise=0.1, perturbation=0.1, caption_dropout=0.4)
@@ -83,9 +87,18 @@ def test_sdxl_learns_v_with_zero_snr_offset_noise_and_blocks_computed_twice():
     ours = trainers.look(stage, *trainers.split(params, stage.trained), batch, keys)
     expected = trainers.torch_loss(torch_networks, stage, batch, keys, trainers.torch_states_xl)
     expected.backward()
-    theirs = trainers.torch_gradients({name: torch_networks[name] for name in stage.trained})
+    theirs = trainers.torch_gradients({"unet": torch_networks["unet"]})
     assert abs(float(ours.metrics["loss"]) / float(expected.detach()) - 1) < 1e-5
     assert trainers.distance(ours.grads, theirs) < 1e-4
+
+    unet = jax.tree.map(
+        lambda p, g: p - np.float32(0.1) * np.asarray(g), params["unet"], ours.grads["unet"]
+    )
+    sdjax.save(tmp_path / "after", model, params | {"unet": unet})
+    other = StableDiffusionXLPipeline.from_pretrained(tmp_path / "after")
+    assert trainers.distance(peers.flax_params(other.unet), unet) == 0
+    config = other.scheduler.config
+    assert config.prediction_type == "v_prediction" and config.rescale_betas_zero_snr
 
 
 @pytest.mark.parametrize("zero_snr", [False, True])
@@ -145,21 +158,24 @@ def test_what_is_drawn_for_an_image_depends_on_its_key_alone():
 
 
 def test_draws_have_the_distributions_that_were_asked_for():
-    keys = noise.keys(range(4000))
-    means = {"uniform": 499.5, "cubic": 749.5, "logit_normal": 499.5}
-    deviations = {"uniform": 288.7, "cubic": 283.5, "logit_normal": 208.0}
-    for kind, mean in means.items():
-        loss = DiffusionLoss(timesteps=kind, caption_dropout=0.1, offset_noise=0.5)
-        drawn = trainers.draws(loss, (4000, 2, 2, 2))(keys)
-        times = np.asarray(drawn.timesteps)
-        assert times.dtype == np.int32 and 0 <= times.min() and times.max() <= 999
-        assert abs(times.mean() - mean) < 20
-        assert abs(times.std() - deviations[kind]) < 10
+    loss, shape = DiffusionLoss(caption_dropout=0.1, offset_noise=0.5), (4000, 2, 2, 2)
+    moments = {"uniform": (499.5, 288.7), "cubic": (749.5, 283.5), "logit_normal": (499.5, 208.0)}
+
+    def look(keys):
+        kinds = [dataclasses.replace(loss, timesteps=kind) for kind in moments]
+        drawn = [losses.draws(keys, shape, kind, 1000) for kind in kinds]
+        return drawn[0], [d.timesteps for d in drawn]
+
+    drawn, timesteps = trainers.quick(look, 4000)(noise.keys(range(4000)))
+    for times, (mean, deviation) in zip(timesteps, moments.values(), strict=True):
+        assert times.dtype == jnp.int32 and 0 <= times.min() and times.max() <= 999
+        assert abs(np.mean(times) - mean) < 20
+        assert abs(np.std(times) - deviation) < 10
     assert abs(np.mean(drawn.dropped) - 0.1) < 0.02
     noisy = np.asarray(drawn.noise)
-    assert abs(noisy.var() - 1.25) < 0.05  # of a channel alike: what is left of its mean is 1/4
-    assert abs(noisy.mean((1, 2)).var() - (0.25 + 1 / 4)) < 0.03
-    assert drawn.seen is not None and np.array_equal(drawn.seen, drawn.noise)
+    assert abs(noisy.var() - 1.25) < 0.05
+    assert abs(noisy.mean((1, 2)).var() - (0.25 + 1 / 4)) < 0.03  # the offset, and what 4 leave
+    assert np.array_equal(drawn.seen, drawn.noise)
 
 
 def test_what_is_cached_is_what_would_be_computed():
@@ -199,10 +215,28 @@ def test_bfloat16_stays_inside_the_networks():
     assert "bf16[4,8,8,16]" in str(inside) and "bf16[4,77,32]" in str(inside)
 
 
+def test_blocks_that_are_computed_twice_keep_a_third_for_the_way_back():
+    _, model, params = trainers.networks()
+    batch, keys = trainers.latents_batch(), noise.keys(range(4))
+
+    def kept(stage):
+        def loss(params):
+            return stage._loss(params, {}, batch, keys)[0]
+
+        back = jax.eval_shape(lambda p: jax.vjp(loss, p)[1], {"unet": params["unet"]})
+        weights = sum(leaf.size for leaf in jax.tree.leaves(params["unet"]))
+        return sum(leaf.size for leaf in jax.tree.leaves(back)) - weights
+
+    every, some = kept(SecondStage(model)), kept(SecondStage(model, remat=True))
+    assert some < every / 3
+
+
 def test_first_weights_have_the_variance_of_their_inputs_and_start_from_the_identity():
     _, model, _ = trainers.networks()
-    params, extra = SecondStage(model).init(jax.random.key(0))
-    unet, text = params["unet"], fresh(model.text_encoder, jax.random.key(0))
+    stage = SecondStage(model)
+    made = peers.quick_jit(lambda key: (*stage.init(key), fresh(model.text_encoder, key)))
+    params, extra, text = made(jax.random.key(0))
+    unet = params["unet"]
     assert extra == () and not np.any(unet["conv_out"]["kernel"])
     block = unet["down_blocks_0"]
     assert not np.any(block["resnets_0"]["conv2"]["kernel"])

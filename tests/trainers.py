@@ -86,7 +86,9 @@ def pipeline(family="sd1"):
 
 
 def with_schedule(model, **changes):
-    return dataclasses.replace(model, schedule=dataclasses.replace(model.schedule, **changes))
+    schedule = dataclasses.replace(model.schedule, **changes)
+    config = FrozenConfig.of(model.scheduler.dict() | schedule.config())
+    return dataclasses.replace(model, schedule=schedule, scheduler=config)
 
 
 def scheduler(schedule):

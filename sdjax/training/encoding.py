@@ -1,5 +1,6 @@
 """What the second stage trains on: latents and text states, made by frozen networks or cached."""
 
+import functools
 from typing import Any
 
 import jax
@@ -77,6 +78,7 @@ def cached(model: Model, params: Params, batch: Batch, dtype: str = "float32") -
     return {name: jnp.asarray(value, jnp.float32) for name, value in made.items()}
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def empty(model: Model, params: Params) -> dict[str, Array]:
     """Text states of the empty prompt, [1, ...]: `frozen["empty"]` of a stage on cached states.
 
