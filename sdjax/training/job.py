@@ -205,22 +205,29 @@ def _model(run: Run) -> tuple[Model, Params]:
         if not isinstance(vae, AutoencoderKL):
             raise InputError(f"model.vae {path} is a VQModel: a KL autoencoder is wanted")
         model = dataclasses.replace(model, vae=vae)
-    changed = {
-        key: value
-        for key, value in (
-            ("prediction_type", run.loss.prediction),
-            ("rescale_betas_zero_snr", run.loss.zero_snr),
-        )
-        if value is not None
-    }
-    if changed:
-        scheduler = model.scheduler.dict() | changed
-        model = dataclasses.replace(
-            model,
-            scheduler=FrozenConfig.of(scheduler),
-            schedule=Schedule.from_config(scheduler),
-        )
-    return model, params
+    return _rescheduled(run, model), params
+
+
+def _rescheduled(run: Run, model: Model) -> Model:
+    """The model with the prediction and the last noise level that the settings ask for."""
+    scheduler = model.scheduler.dict()
+    if run.loss.prediction is not None:
+        scheduler["prediction_type"] = run.loss.prediction
+    if run.loss.zero_snr is not None:
+        scheduler["rescale_betas_zero_snr"] = run.loss.zero_snr
+    if run.loss.zero_snr:
+        # Lin et al. (2305.08891): sampling has to start at the last timestep; PNDM cannot.
+        scheduler |= {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing"}
+        if scheduler.get("prediction_type", "epsilon") == "epsilon":
+            raise InputError(
+                "loss.zero_snr leaves an epsilon model nothing to learn at the last noise level: "
+                'set loss.prediction to "v_prediction"'
+            )
+    if scheduler == model.scheduler.dict():
+        return model
+    return dataclasses.replace(
+        model, scheduler=FrozenConfig.of(scheduler), schedule=Schedule.from_config(scheduler)
+    )
 
 
 def _fresh(run: Run) -> tuple[Model, Params]:
@@ -281,14 +288,13 @@ def _batches(
         return data.batches(
             source, batch_size=run.run.batch_size, seed=run.data.seed, process=process
         )
-    tokenize = {key: lambda text, t=t: t([text]).ids[0] for key, t in words.items()}
     return data.batches(
         source,
         batch_size=run.run.batch_size,
         height=run.data.height,
         width=run.data.width,
         seed=run.data.seed,
-        tokenize=tokenize,
+        tokenize=words,
         flip=run.data.flip,
         crop=run.data.crop,
         time_ids="ids_2" in words,

@@ -62,6 +62,10 @@ class SecondStage:
             params[name] = low_rank.init(self.lora, module, at) if self.lora else fresh(module, at)
         return params, ()
 
+    def first_extra(self, params: Params) -> tuple:
+        """Nothing: all is learnt by gradients."""
+        return ()
+
     def networks(self, params: Params, frozen: Params) -> Params:
         """All networks' trees, as sampling and saving take them."""
         if self.lora is None:

@@ -1,0 +1,147 @@
+"""Runs of every kind from settings to what torch loads, at sizes of a few thousand parameters."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from sdjax.training import settings
+from sdjax.training.loop import train
+
+SMALL = {
+    "unet": tiny.UNET | {"sample_size": 32, "block_out_channels": [16, 16]},
+    "vae": tiny.VAE | {"sample_size": 64},
+    "text_encoder": {
+        "vocab_size": 839,
+        "max_position_embeddings": 32,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "hidden_act": "quick_gelu",
+        "bos_token_id": 837,
+        "eos_token_id": 838,
+    },
+    "tokenizer": {"vocabulary": "scenes", "model_max_length": 32},
+    "scheduler": tiny.SCHEDULER | {"prediction_type": "v_prediction"},
+}
+STEPS = {"steps": 2, "batch_size": 2, "log_every": 1, "sample_every": 0}
+SCENES = {"source": "scenes", "height": 64, "width": 64}
+
+
+def toml(tables) -> str:
+    """Tables of plain values as TOML."""
+    lines = []
+    for name, table in tables.items():
+        lines.append(f"[{name}]")
+        lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
+    return "\n".join(lines)
+
+
+def trained(kind, out, steps=STEPS, **tables):
+    said = []
+    run = settings.from_dict({"kind": kind, "run": steps | {"out": str(out)}} | tables)
+    return train(run, note=said.append), said
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("job")
+    (folder / "small.toml").write_text(toml(SMALL))
+    photos = folder / "photos"
+    photos.mkdir()
+    lines = []
+    for number in range(4):
+        pixels = np.full((80, 72, 3), 60 * number, np.uint8)
+        Image.fromarray(pixels).save(photos / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"grey number {number}"}))
+    (photos / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(home):
+    """Both stages of a model of one's own: the first stage's folder, the second's, its notes."""
+    config = {"config": str(home / "small.toml")}
+    vae, _ = trained("first_stage", home / "first", model=config, data=SCENES)
+    model, said = trained(
+        "second_stage",
+        home / "second",
+        steps=STEPS | {"sample_every": 2},
+        model=config | {"vae": str(vae), "train": ["unet", "text_encoder"]},
+        data=SCENES | {"count": 4, "cache": str(home / "latents")},
+        samples={"prompts": ["a red house"], "steps": 2},
+    )
+    return vae, model, said
+
+
+def test_both_stages_make_a_model_that_torch_and_sdjax_sample_alike(bundle):
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    import sdjax
+
+    vae, folder, said = bundle
+    assert "cached 4 of 4 examples" in said
+    model, params = sdjax.load(folder)
+    scale = json.loads((vae / "config.json").read_text())["scaling_factor"]
+    assert model.vae.scaling_factor == pytest.approx(scale)
+    start = np.random.default_rng(0).standard_normal((1, 32, 32, 4)).astype(np.float32)
+    ours = sdjax.text_to_image(
+        model, params, "a red house at night", latents=start, steps=4, output="latents"
+    )
+    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        "a red house at night",
+        latents=torch.tensor(start.transpose(0, 3, 1, 2)),
+        num_inference_steps=4,
+        output_type="latent",
+    ).images.numpy()
+    theirs = theirs.transpose(0, 2, 3, 1)
+    assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
+
+
+def test_samples_are_drawn_and_logged(bundle):
+    home = bundle[1].parent
+    assert Image.open(home / "samples" / "00000002.png").size[0] >= 64
+    assert (home / "curves.png").exists()
+
+
+def test_a_finetuned_checkpoint_is_still_one_and_has_moved(home):
+    import sdjax
+
+    tiny.save_sd1(home / "sd1")
+    before = sdjax.load(home / "sd1")[1]
+    folder, _ = trained(
+        "second_stage",
+        home / "fine",
+        model={"load": str(home / "sd1"), "train": ["unet"], "remat": True},
+        data={"source": str(home / "photos"), "height": 64, "width": 64},
+    )
+    after = sdjax.load(folder)[1]
+    assert tiny.equal(before["text_encoder"], after["text_encoder"])
+    assert tiny.equal(before["vae"], after["vae"])
+    assert not tiny.equal(before["unet"], after["unet"])
+
+
+def test_a_lora_is_written_and_changes_the_unet(home):
+    import sdjax
+    from sdjax.checkpoints.lora import load_lora
+    from sdjax.models.lora import merge
+
+    if not (home / "sd1").exists():
+        tiny.save_sd1(home / "sd1")
+    file, _ = trained(
+        "second_stage",
+        home / "lora",
+        model={"load": str(home / "sd1")},
+        data={"source": str(home / "photos"), "height": 64, "width": 64},
+        optimizer={"learning_rate": 1e-2},
+        lora={"rank": 2},
+    )
+    model, params = sdjax.load(home / "sd1")
+    merged = merge(params, load_lora(file, model))
+    assert not tiny.equal(params["unet"], merged["unet"])

@@ -1,0 +1,166 @@
+"""The loop as users run it: killed and resumed, on one device and on eight, in two processes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+CONFIG = """
+[vae]
+_class_name = "AutoencoderKL"
+sample_size = 64
+latent_channels = 2
+block_out_channels = [8, 8]
+down_block_types = ["DownEncoderBlock2D", "DownEncoderBlock2D"]
+up_block_types = ["UpDecoderBlock2D", "UpDecoderBlock2D"]
+layers_per_block = 1
+norm_num_groups = 4
+mid_block_add_attention = false
+"""
+
+RUN = """
+kind = "first_stage"
+[run]
+steps = {steps}
+batch_size = 8
+log_every = 1
+sample_every = 0
+save_every = 2
+out = "{out}"
+[model]
+config = "{config}"
+[data]
+source = "scenes"
+height = 64
+width = 64
+[optimizer]
+learning_rate = 1e-3
+warmup = 2
+[ema]
+decay = 0.99
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loop")
+    (folder / "tiny.toml").write_text(CONFIG)
+    return folder
+
+
+def command(home: Path, name: str, steps: int, *more: str) -> list[str]:
+    file = home / f"{name}.toml"
+    file.write_text(RUN.format(steps=steps, out=home / name, config=home / "tiny.toml"))
+    cache = ["--cache-dir", str(home / "cache")]
+    return [sys.executable, "-m", "sdjax", "train", str(file), *cache, *more]
+
+
+def environment(devices: int = 1, **more: str) -> dict[str, str]:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | more
+
+
+def run(arguments: list[str], devices: int = 1) -> subprocess.CompletedProcess:
+    done = subprocess.run(arguments, env=environment(devices), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def curve(folder: Path) -> list[dict[str, float]]:
+    """Every logged metric but the times."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    timed = ("seconds", "images_per_second")
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def unbroken(home):
+    run(command(home, "unbroken", 6))
+    return home / "unbroken"
+
+
+def test_a_killed_run_goes_on_bit_for_bit(home, unbroken):
+    arguments = command(home, "killed", 6)
+    first = subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE, text=True)
+    for line in first.stderr:
+        if "saved step 2" in line:
+            break
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert first.returncode == -signal.SIGKILL
+    again = run(arguments)
+    assert "going on from step" in again.stderr
+    assert curve(home / "killed") == curve(unbroken)
+    weights = "vae/diffusion_pytorch_model.safetensors"
+    assert (home / "killed" / weights).read_bytes() == (unbroken / weights).read_bytes()
+
+
+def test_sigterm_saves_and_a_longer_run_goes_on(home, unbroken):
+    arguments = command(home, "stopped", 1000)
+    process = subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "step 3/" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    said = process.stderr.read()
+    assert process.wait() == 0
+    assert "stopped by SIGTERM" in said
+    steps = [int(p.name) for p in (home / "stopped" / "checkpoints").iterdir() if p.name.isdigit()]
+    assert max(steps) == len(curve(home / "stopped"))
+    want = curve(unbroken)[:3]
+    assert curve(home / "stopped")[:3] == want
+
+
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_eight_devices_give_the_losses_of_one(home, unbroken, fsdp):
+    name = f"eight-{fsdp}"
+    run(command(home, name, 6, "--set", f"mesh.fsdp={fsdp}"), devices=8)
+    for got, want in zip(curve(home / name), curve(unbroken), strict=True):
+        np.testing.assert_allclose(got["loss"], want["loss"], rtol=1e-5)
+
+
+def test_two_processes_give_the_losses_of_one(home, unbroken):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    arguments = command(home, "pod", 6, "--set", "mesh.fsdp=2")
+    both = []
+    for number in range(2):
+        told = {
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(number),
+        }
+        both.append(
+            subprocess.Popen(
+                arguments, env=environment(2, **told), stderr=subprocess.PIPE, text=True
+            )
+        )
+    for process in both:
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+    for got, want in zip(curve(home / "pod"), curve(unbroken), strict=True):
+        np.testing.assert_allclose(got["loss"], want["loss"], rtol=1e-5)
+
+
+def test_accumulating_gives_the_losses_of_the_whole_batch(home, unbroken):
+    run(command(home, "parts", 6, "--set", "run.accumulate=4"))
+    for got, want in zip(curve(home / "parts"), curve(unbroken), strict=True):
+        np.testing.assert_allclose(got["loss"], want["loss"], rtol=1e-5)
+
+
+def test_torch_loads_the_trained_autoencoder(unbroken):
+    import torch
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(unbroken / "vae")
+    assert vae.config.scaling_factor != 0.18215
+    pixels = torch.rand(1, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        assert torch.isfinite(vae(pixels).sample).all()
