@@ -7,6 +7,7 @@ from sdjax.checkpoints.naming import expected
 from sdjax.errors import InputError
 
 NAMES = (
+    "scenes",
     "sd1",
     "sd1-inpaint",
     "sd2",
@@ -49,7 +50,7 @@ def our_shapes(part: str, table: dict) -> dict[str, tuple[int, ...]]:
     return expected(kinds[part].from_config(table))
 
 
-def test_nine_configs_are_shipped() -> None:
+def test_ten_configs_are_shipped() -> None:
     assert config.names() == NAMES
 
 

@@ -33,7 +33,8 @@ def test_every_import_is_declared_and_every_dependency_imported():
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(node.module.split(".")[0])
-    imported = {"pillow" if name == "PIL" else name for name in imported}
+    packages = {"PIL": "pillow", "absl": "absl_py", "orbax": "orbax_checkpoint"}
+    imported = {packages.get(name, name).lower() for name in imported}
     imported -= set(sys.stdlib_module_names) | {"sdjax"}
     assert imported <= declared | optional, f"not declared: {imported - declared - optional}"
     assert declared <= imported, f"declared and never imported: {declared - imported}"

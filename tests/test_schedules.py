@@ -26,8 +26,9 @@ def test_tables_are_diffusers(schedule):
         a[-1] = 2.0**-24
     single = alphas_cumprod(schedule, single=True)
     assert single.dtype == np.float32
-    np.testing.assert_allclose(single, a, rtol=3e-7)
-    assert (single != a.astype("f")).mean() < (0.5 if schedule.zero_snr else 1e-3)
+    # Rescaling subtracts: how torch's float32 sums round differs from one CPU to another.
+    np.testing.assert_allclose(single, a, rtol=1e-5 if schedule.zero_snr else 3e-7)
+    assert schedule.zero_snr or (single != a.astype("f")).mean() < 1e-3
     # The float64 table differs by what float32 betas lose.
     np.testing.assert_allclose(schedule.alphas_cumprod, a, rtol=1e-4 if schedule.zero_snr else 2e-5)
 

@@ -21,7 +21,7 @@ from sdjax.checkpoints.naming import to_params
 from sdjax.checkpoints.tensors import Tensor, Tensors
 from sdjax.errors import InputError
 
-NAMES = shipped.names()
+NAMES = tuple(n for n in shipped.names() if n != "scenes")  # those with published files
 ASSETS = Path(single_file.__file__).parents[1] / "assets" / "clip_tokenizer"
 WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 

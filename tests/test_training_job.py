@@ -11,8 +11,15 @@ from sdjax.training import settings
 from sdjax.training.loop import train
 
 SMALL = {
-    "unet": tiny.UNET | {"sample_size": 32, "block_out_channels": [16, 16]},
-    "vae": tiny.VAE | {"sample_size": 64},
+    "unet": tiny.UNET
+    | {
+        "sample_size": 32,
+        "block_out_channels": [16],
+        "down_block_types": ["CrossAttnDownBlock2D"],
+        "up_block_types": ["UpBlock2D"],
+    },
+    "vae": tiny.VAE
+    | {"sample_size": 64, "block_out_channels": [8, 8], "mid_block_add_attention": False},
     "text_encoder": {
         "vocab_size": 839,
         "max_position_embeddings": 32,
@@ -110,15 +117,14 @@ def test_samples_are_drawn_and_logged(bundle):
     assert (home / "curves.png").exists()
 
 
-def test_a_finetuned_checkpoint_is_still_one_and_has_moved(home):
+def test_a_finetuned_checkpoint_is_still_one_and_has_moved(home, bundle):
     import sdjax
 
-    tiny.save_sd1(home / "sd1")
-    before = sdjax.load(home / "sd1")[1]
+    before = sdjax.load(bundle[1])[1]
     folder, _ = trained(
         "second_stage",
         home / "fine",
-        model={"load": str(home / "sd1"), "train": ["unet"], "remat": True},
+        model={"load": str(bundle[1]), "train": ["unet"], "remat": True},
         data={"source": str(home / "photos"), "height": 64, "width": 64},
     )
     after = sdjax.load(folder)[1]
@@ -127,21 +133,19 @@ def test_a_finetuned_checkpoint_is_still_one_and_has_moved(home):
     assert not tiny.equal(before["unet"], after["unet"])
 
 
-def test_a_lora_is_written_and_changes_the_unet(home):
+def test_a_lora_is_written_and_changes_the_unet(home, bundle):
     import sdjax
     from sdjax.checkpoints.lora import load_lora
     from sdjax.models.lora import merge
 
-    if not (home / "sd1").exists():
-        tiny.save_sd1(home / "sd1")
     file, _ = trained(
         "second_stage",
         home / "lora",
-        model={"load": str(home / "sd1")},
+        model={"load": str(bundle[1])},
         data={"source": str(home / "photos"), "height": 64, "width": 64},
         optimizer={"learning_rate": 1e-2},
         lora={"rank": 2},
     )
-    model, params = sdjax.load(home / "sd1")
+    model, params = sdjax.load(bundle[1])
     merged = merge(params, load_lora(file, model))
     assert not tiny.equal(params["unet"], merged["unet"])
