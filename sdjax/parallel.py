@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sdjax.errors import InputError
+
+T = TypeVar("T")
 
 _SMALL = 2**14
 """Numbers in an array below which it is not worth splitting."""
@@ -158,6 +160,21 @@ def process() -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
+def first_alone(make: Callable[[], T]) -> T:
+    """`make()` in every process, in the first one before all others.
+
+    What it writes to a disk that they share, the others find.
+    """
+    index, count = process()
+    if count == 1:
+        return make()
+    from jax.experimental import multihost_utils
+
+    made = make() if index == 0 else None
+    multihost_utils.sync_global_devices("first_alone")
+    return make() if made is None else made
+
+
 def mesh(fsdp: int = 1) -> Mesh:
     """All devices of all processes, as (data, fsdp): params lie in `fsdp` parts, see `shardings`.
 
@@ -199,6 +216,19 @@ def whole(over: Mesh) -> NamedSharding:
 def rows(over: Mesh) -> NamedSharding:
     """An array's first axis split over all devices."""
     return NamedSharding(over, PartitionSpec(("data", "fsdp")))
+
+
+def check_batch(size: int, over: Mesh) -> None:
+    """Refuse a batch that cannot be split over the mesh.
+
+    InputError: the number of devices does not divide `size`.
+    """
+    if size % over.size:
+        more = -(-size // over.size) * over.size
+        raise InputError(
+            f"run.batch_size must be a multiple of the number of devices, {over.size}, got {size}: "
+            f"try {more}"
+        )
 
 
 def distribute(batch: Any, over: Mesh) -> Any:

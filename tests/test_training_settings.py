@@ -62,7 +62,7 @@ def refused(source, *overrides):
         ("run.steps", "--set takes key=value, such as optimizer.learning_rate=1e-4, got 'run."),
         ("=3", "--set takes key=value"),
         ("run=3", "--set: run must be a table, [run], got 3"),
-        ("kind=secondstage", "--set: kind must be one of first_stage, second_stage, measure"),
+        ("kind=secondstage", "--set: kind must be one of first_stage, second_stage"),
         ("kind=secondstage", "try second_stage"),
         ("run.steps=0", "run.steps must be a whole number of at least 1, got 0"),
         ("run.steps=true", "run.steps must be a whole number of at least 1, got True"),
@@ -130,7 +130,6 @@ def test_a_wrong_override_is_refused_with_its_key_and_the_mend(override, sentenc
         (["data.cache=c", "data.count=9", "data.crop=random"], "data.cache holds one crop"),
         (["data.cache=c", "data.count=9", "data.flip=true"], "data.cache holds an image one way"),
         (["model.config=", "model.load=a/b", "lora.targets=[]"], "lora.targets is an empty list"),
-        (["kind=measure", "model.vae="], "model.vae is missing: the latents of a trained first"),
     ],
 )
 def test_a_contradiction_is_refused_with_both_keys(overrides, sentence):

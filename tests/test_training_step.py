@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -134,3 +137,20 @@ def test_a_mesh_that_does_not_divide_the_devices_is_refused():
 
     with pytest.raises(InputError, match="mesh.fsdp must divide the number of devices, 1, got 3"):
         parallel.mesh(3)
+
+
+def test_a_batch_that_does_not_divide_over_the_devices_is_refused():
+    code = (
+        "from sdjax import parallel\n"
+        "parallel.check_batch(16, parallel.mesh())\n"
+        "parallel.check_batch(12, parallel.mesh())\n"
+    )
+    flags = "--xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+    sentence = "run.batch_size must be a multiple of the number of devices, 8, got 12: try 16"
+    assert sentence in done.stderr

@@ -18,12 +18,11 @@ def run(asked: argparse.Namespace) -> None:
     checks.check_files(wanted)
     if asked.fresh and asked.resume:
         raise InputError("--fresh and --resume are both given: take one")
-    if wanted.kind != "measure":
-        if asked.resume and not folder.steps(Path(wanted.run.out)):
-            raise InputError(
-                f"there is no checkpoint in {wanted.run.out} to go on from: leave --resume out"
-            )
-        folder.prepare(wanted, resume=not asked.fresh)
+    if asked.resume and not folder.steps(Path(wanted.run.out)):
+        raise InputError(
+            f"there is no checkpoint in {wanted.run.out} to go on from: leave --resume out"
+        )
+    folder.prepare(wanted, resume=not asked.fresh)
     from sdjax.training.loop import train
 
     keep_programs(asked)

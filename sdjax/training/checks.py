@@ -132,10 +132,6 @@ def _of_model(run: "Run") -> list[tuple[bool, str]]:
             "fresh weights or a checkpoint's, take one",
         ),
         (
-            run.kind == "measure" and model.load is None and model.vae is None,
-            "model.vae is missing: the latents of a trained first stage are measured",
-        ),
-        (
             second and model.load is None and model.vae is None,
             "model.vae is missing: a second stage needs a trained first one",
         ),

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sdjax import config
+from sdjax import config, parallel
 from sdjax.checkpoints import save
 from sdjax.checkpoints.autoencoder import load_autoencoder, save_vae
 from sdjax.checkpoints.loading import CLASSES, family, load, load_vae
@@ -141,7 +141,9 @@ def second(run: Run, note: Note, process: tuple[int, int]) -> Job:
     frozen = kept
     if run.data.cache:
         texts = any(name.startswith("text_encoder") for name in trained)
-        source = _cached(run, note, model, params, opened, words, not texts)
+        source = parallel.first_alone(
+            lambda: _cached(run, note, model, params, opened, words, not texts)
+        )
         frozen = {name: tree for name, tree in kept.items() if name != "vae"}
         if not texts:
             frozen = {n: t for n, t in frozen.items() if not n.startswith("text_encoder")}

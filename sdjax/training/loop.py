@@ -45,13 +45,14 @@ def train(run: Run, *, note: Note = lambda line: None, resume: bool = True) -> P
     parallel.start_processes()
     process = parallel.process()
     out = Path(run.run.out)
-    work = job(run, note, process)
     mesh = parallel.mesh(run.mesh.fsdp)
-    builder = optimizer.build(run.optimizer, run.run.steps)
+    parallel.check_batch(run.run.batch_size, mesh)
+    work = job(run, note, process)
+    updates = optimizer.build(run.optimizer, run.run.steps)
     averaged = run.ema.decay > 0
 
     def begin(params: Params | None) -> State:
-        return start(work.stage, builder, jax.random.key(run.run.seed), averaged, params)
+        return start(work.stage, updates, jax.random.key(run.run.seed), averaged, params)
 
     shapes = jax.eval_shape(begin, work.params)
     layout = parallel.shardings(shapes, mesh)
@@ -71,7 +72,7 @@ def train(run: Run, *, note: Note = lambda line: None, resume: bool = True) -> P
     program = jax.jit(
         stepper(
             work.stage,
-            builder,
+            updates,
             accumulate=run.run.accumulate,
             decay=run.ema.decay,
             warmup=run.ema.warmup,
