@@ -1,15 +1,13 @@
 """An autoencoder alone, as a diffusers folder: config.json and its weights."""
 
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sdjax.checkpoints import folder, naming, safetensors
 from sdjax.checkpoints.files import read_json, write_json
-from sdjax.checkpoints.saving import FILES, compare, entry
+from sdjax.checkpoints.saving import FILES, compare, entry, is_taken, whole_folder
 from sdjax.checkpoints.tensors import floating
 from sdjax.errors import InputError
 from sdjax.models.vae import AutoencoderKL
@@ -54,28 +52,16 @@ def save_vae(
         changes = {"scaling_factor": float(scaling_factor)}
         module = type(module).from_config(module.config() | changes)
     compare(module, params, "vae")
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent} is not a folder, so {path.name} cannot be made in it")
-    taken = path.is_symlink() or (any(path.iterdir()) if path.is_dir() else path.exists())
-    if taken and not overwrite:
-        raise InputError(f"{path} is there already: give another path, or overwrite=True")
+    taken = is_taken(path, overwrite)
     if taken and not (path / CONFIG).is_file():
         raise InputError(f"{path} is not an autoencoder, so it is not replaced: give another path")
-    part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".part"))
-    try:
-        part.chmod(path.parent.stat().st_mode & 0o777)
+    with whole_folder(path) as part:
         write_json(part / CONFIG, module.config())
         entries = [
             entry(naming.torch_key(leaf_path), leaf_path, leaf, target, "vae")
             for leaf_path, leaf in naming.flatten(params)
         ]
         safetensors.write(part / FILES["diffusers"], entries)
-        if path.is_dir():
-            shutil.rmtree(path)
-        part.rename(path)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     return path
 
 

@@ -3,7 +3,8 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,7 @@ def save(
     for name in NETWORKS:
         if getattr(model, name) is not None:
             compare(getattr(model, name), params.get(name), name)
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent} is not a folder, so {path.name} cannot be made in it")
-    taken = path.is_symlink() or (any(path.iterdir()) if path.is_dir() else path.exists())
-    if taken and not overwrite:
-        raise InputError(f"{path} is there already: give another path, or overwrite=True")
+    taken = is_taken(path, overwrite)
     if path.suffix == ".safetensors":
         if path.is_dir():
             raise InputError(f"{path} is a folder: give another path for a single file")
@@ -65,17 +62,38 @@ def save(
         return path
     if taken and not (path / INDEX).is_file():
         raise InputError(f"{path} is not a checkpoint, so it is not replaced: give another path")
+    with whole_folder(path) as part:
+        write_folder(part, model, params, target)
+    return path
+
+
+def is_taken(path: Path, overwrite: bool) -> bool:
+    """Whether something stands at a path that is to be written.
+
+    Raises:
+        InputError: it may not be replaced, or its folder is not there.
+    """
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent} is not a folder, so {path.name} cannot be made in it")
+    taken = path.is_symlink() or (any(path.iterdir()) if path.is_dir() else path.exists())
+    if taken and not overwrite:
+        raise InputError(f"{path} is there already: give another path, or overwrite=True")
+    return taken
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its name, and the place of what was there, when it is whole."""
     part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".part"))
     try:
         part.chmod(path.parent.stat().st_mode & 0o777)
-        write_folder(part, model, params, target)
+        yield part
         if path.is_dir():
             shutil.rmtree(path)
         part.rename(path)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    return path
 
 
 def compare(module: Any, params: Any, name: str) -> None:

@@ -184,9 +184,7 @@ def second(run: Run, note: Note, process: tuple[int, int]) -> Job:
 def _autoencoder(run: Run) -> tuple[Any, Params | None]:
     """The module and, where it is loaded, its params."""
     if run.model.load:
-        path = Path(run.model.load)
-        alone = (path / "config.json").is_file()
-        return (load_autoencoder if alone else load_vae)(path, dtype="float32")
+        return _read_autoencoder(Path(run.model.load))
     table = _tables(run).get("vae")
     if table is None:
         raise InputError(f"config {run.model.config} has no [vae], which is to be trained")
@@ -195,17 +193,21 @@ def _autoencoder(run: Run) -> tuple[Any, Params | None]:
     return AutoencoderKL.from_config(table), None
 
 
+def _read_autoencoder(path: Path) -> tuple[Any, Params]:
+    """One that was saved alone, or that of a whole checkpoint."""
+    alone = (path / "config.json").is_file()
+    return (load_autoencoder if alone else load_vae)(path, dtype="float32")
+
+
 def _model(run: Run) -> tuple[Model, Params]:
     if run.model.load:
         model, params = load(run.model.load, dtype="float32")
     else:
         model, params = _fresh(run)
     if run.model.vae:
-        path = Path(run.model.vae)
-        alone = (path / "config.json").is_file()
-        vae, params["vae"] = (load_autoencoder if alone else load_vae)(path, dtype="float32")
+        vae, params["vae"] = _read_autoencoder(Path(run.model.vae))
         if not isinstance(vae, AutoencoderKL):
-            raise InputError(f"model.vae {path} is a VQModel: a KL autoencoder is wanted")
+            raise InputError(f"model.vae {run.model.vae} is a VQModel: a KL autoencoder is wanted")
         model = dataclasses.replace(model, vae=vae)
     return _rescheduled(run, model), params
 
