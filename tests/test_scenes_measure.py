@@ -7,7 +7,7 @@ import pytest
 
 from sdjax.errors import InputError
 from sdjax.training.scenes import Asked, AskedGroup, Group, asked, caption, draw, scene
-from sdjax.training.scenes.labels import examples
+from sdjax.training.scenes.labels import seen
 from sdjax.training.scenes.measure import (
     WEIGHTS,
     Score,
@@ -93,7 +93,8 @@ def test_the_weights_are_small_and_come_back(tmp_path):
 def test_reading_learns_the_mean_over_images():
     stage = Reading()
     params, extra = stage.init(jax.random.key(0))
-    batch = examples(3, range(4))
+    rows = [seen(3, index) for index in range(4)]
+    batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     keys = jax.random.split(jax.random.key(1), 4)
     step = jnp.int32(0)
     gradients = jax.jit(stage.gradients)

@@ -2,13 +2,18 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
 
+import sdjax
+from sdjax.errors import InputError
 from sdjax.training import settings
+from sdjax.training.fresh import fresh
 from sdjax.training.loop import train
+from sdjax.training.scenes import measure
 
 SMALL = {
     "unet": tiny.UNET
@@ -149,3 +154,41 @@ def test_a_lora_is_written_and_changes_the_unet(home, bundle):
     model, params = sdjax.load(bundle[1])
     merged = merge(params, load_lora(file, model))
     assert not tiny.equal(params["unet"], merged["unet"])
+
+
+def test_a_text_encoder_learns_from_captions_and_the_second_stage_goes_on_with_it(home, bundle):
+    """One word at a time: the embedding of a word that no caption has shown has not moved."""
+    path, _ = trained(
+        "scenes_text",
+        home / "text",
+        steps=STEPS | {"batch_size": 8},
+        model={"config": str(home / "small.toml")},
+        data=SCENES,
+        ema={"decay": 0.0},
+    )
+    model, params = sdjax.load(path, dtype="float32")
+    begun = fresh(
+        model.text_encoder, jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), 0)
+    )
+    table = [
+        tree["embeddings"]["token_embedding"]["embedding"]
+        for tree in (begun, params["text_encoder"])
+    ]
+    assert model.tokenizer is not None and (np.abs(table[1] - table[0]) > 1e-4).any()
+    with pytest.raises(InputError, match="data.source of kind 'scenes_text' is scenes alone"):
+        trained(
+            "scenes_text",
+            home / "no",
+            model={"config": str(home / "small.toml")},
+            data=SCENES | {"source": str(home / "photos")},
+        )
+
+
+def test_the_measure_is_trained_by_the_same_loop(home):
+    path, _ = trained("scenes_measure", home / "measure", data=SCENES, ema={"decay": 0.5})
+    assert (
+        path.name == "measure.safetensors" and path.stat().st_size == measure.WEIGHTS.stat().st_size
+    )
+    assert (path.parent / "measure-last.safetensors").is_file()
+    with pytest.raises(InputError, match=r"\[model\] is of no use to the measure"):
+        trained("scenes_measure", home / "no", data=SCENES, model={"config": "scenes"})

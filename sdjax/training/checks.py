@@ -30,10 +30,10 @@ MAY_CHANGE = frozenset(
 
 def completed(run: "Run") -> "Run":
     """The run with the defaults that depend on its kind."""
-    if run.model.train:
+    train = {"first_stage": ("vae",), "second_stage": ("unet",), "scenes_text": ("text_encoder",)}
+    if run.model.train or run.kind not in train:
         return run
-    train = ("vae",) if run.kind == "first_stage" else ("unet",)
-    return replace(run, model=replace(run.model, train=train))
+    return replace(run, model=replace(run.model, train=train[run.kind]))
 
 
 def check(run: "Run", origin: str) -> None:
@@ -116,13 +116,27 @@ def _contradictions(run: "Run") -> list[tuple[bool, str]]:
 def _of_model(run: "Run") -> list[tuple[bool, str]]:
     model = run.model
     first, second = run.kind == "first_stage", run.kind == "second_stage"
+    drawn = run.kind in ("scenes_text", "scenes_measure")
+    own = ("text_encoder",) if run.kind == "scenes_text" else ()
     return [
+        (
+            drawn and run.data.source != ("scenes",),
+            f"data.source of kind {run.kind!r} is scenes alone, which knows what its pictures show",
+        ),
+        (
+            drawn and model.train != own,
+            f"model.train of kind {run.kind!r} cannot be chosen: take it away",
+        ),
+        (
+            run.kind == "scenes_measure" and model != type(model)(),
+            "[model] is of no use to the measure, which has one shape: take it away",
+        ),
         (
             run.lora is not None and not second,
             f"[lora] is for kind 'second_stage' and this run is {run.kind!r}: take it away",
         ),
         (
-            model.config is None and model.load is None,
+            model.config is None and model.load is None and run.kind != "scenes_measure",
             "model.config or model.load is missing: give a config for fresh weights, "
             "or a checkpoint to go on from",
         ),

@@ -1,6 +1,7 @@
 """From settings to what a loop runs: a stage, first weights, data, pictures, and what is saved."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from sdjax.diffusion.schedules import Schedule
 from sdjax.errors import InputError
 from sdjax.images import contact_sheet
 from sdjax.model import FrozenConfig, Model, Params
+from sdjax.models.clip import CLIPTextModel
 from sdjax.models.discriminator import Discriminator
 from sdjax.models.vae import AutoencoderKL
 from sdjax.models.vq import VQModel
@@ -29,9 +31,14 @@ from sdjax.training.first_stage import FirstStage, FirstStageLoss, measure_scale
 from sdjax.training.fresh import fresh
 from sdjax.training.lora import Lora
 from sdjax.training.losses import DiffusionLoss
+from sdjax.training.scenes import labels, measure
+from sdjax.training.scenes.hearing import Hearing
+from sdjax.training.scenes.reading import Reading
 from sdjax.training.second_stage import SecondStage
 from sdjax.training.settings import Run
+from sdjax.training.stage import Batch
 from sdjax.training.vocabulary import learn
+from sdjax.types import Array
 
 HELD_OUT = 2**31 - 1
 """The scenes that reconstructions are shown of are of this seed's world, which nobody trains on."""
@@ -58,7 +65,11 @@ def job(run: Run, note: Note, process: tuple[int, int] = (0, 1)) -> Job:
 
     InputError: what cannot be loaded, or does not fit together.
     """
-    return first(run, process) if run.kind == "first_stage" else second(run, note, process)
+    if run.kind == "first_stage":
+        return first(run, process)
+    if run.kind == "second_stage":
+        return second(run, note, process)
+    return text(run, process) if run.kind == "scenes_text" else reader(run, process)
 
 
 def first(run: Run, process: tuple[int, int]) -> Job:
@@ -179,6 +190,40 @@ def second(run: Run, note: Note, process: tuple[int, int]) -> Job:
 
     batches = _batches(run, source, words, process)
     return Job(stage, start, frozen, batches, picture, finish)
+
+
+def text(run: Run, process: tuple[int, int]) -> Job:
+    """A text encoder's training on captions; what is saved is a whole model, else untrained."""
+    model, params = _model(run)
+    if not isinstance(model.text_encoder, CLIPTextModel) or model.tokenizer is None:
+        raise InputError("captions teach a text encoder without a projection: take such a config")
+    make = functools.partial(labels.heard, model.tokenizer, run.data.seed)
+    source = data.Drawn(make, run.data.count, f"captions of seed {run.data.seed}")
+
+    def finish(folder: Path, trained: Params, extra: Any, averaged: bool) -> Path:
+        where = folder / ("model" if averaged else "model-last")
+        networks = params | {"text_encoder": trained["text_encoder"]}
+        return save(where, model, networks, overwrite=True)
+
+    stage = Hearing(model.text_encoder)
+    return Job(stage, None, {}, _batches(run, source, {}, process), _nothing, finish)
+
+
+def reader(run: Run, process: tuple[int, int]) -> Job:
+    """The training of the measure of how well pictures follow their prompts."""
+    make = functools.partial(labels.seen, run.data.seed)
+    source = data.Drawn(make, run.data.count, f"attributes of seed {run.data.seed}")
+
+    def finish(folder: Path, trained: Params, extra: Any, averaged: bool) -> Path:
+        where = folder / ("measure.safetensors" if averaged else "measure-last.safetensors")
+        measure.save(trained["measure"], where)
+        return where
+
+    return Job(Reading(), None, {}, _batches(run, source, {}, process), _nothing, finish)
+
+
+def _nothing(params: Params, extra: Any) -> None:
+    """No picture to show."""
 
 
 def _autoencoder(run: Run) -> tuple[Any, Params | None]:
@@ -339,15 +384,17 @@ def _cached(
         "text_encoder": _fingerprint(params.get("text_encoder", {})) if texts else None,
         "size": [run.data.height, run.data.width],
     }
-    encode = jax.jit(lambda params, batch: encoding.cached(model, params, batch, run.model.dtype))
+    encode, networks = parallel.mapped(_encode), parallel.replicate(params)
+    size = 32 * parallel.device_count()
     ids = ("ids", "ids_2", "time_ids")
 
     def made(batch: dict[str, np.ndarray]) -> dict[str, Any]:
         given = {k: v for k, v in batch.items() if k == "pixels" or (texts and k in ids[:2])}
         rest = {k: v for k, v in batch.items() if k in ids and not (texts and k in ids[:2])}
-        return {**encode(params, given), **rest}
+        found = encode((model, run.model.dtype), networks, parallel.split(given, size))
+        return {**parallel.join(found, size), **rest}
 
-    plain = dataclasses.replace(run, run=dataclasses.replace(run.run, batch_size=32))
+    plain = dataclasses.replace(run, run=dataclasses.replace(run.run, batch_size=size))
     last = 0
 
     def progress(done: int, count: int) -> None:
@@ -360,6 +407,11 @@ def _cached(
         return data.cache(
             batches, made, run.data.cache, len(source), made_of=made_of, progress=progress
         )
+
+
+def _encode(static: tuple[Model, str], params: Params, batch: Batch) -> dict[str, Array]:
+    model, dtype = static
+    return encoding.cached(model, params, batch, dtype)
 
 
 def _fingerprint(tree: Params) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from sdjax.training.tables import REQUIRED, choice, flag, number, side, text, texts, whole
 
-KINDS = ("first_stage", "second_stage")
+KINDS = ("first_stage", "second_stage", "scenes_text", "scenes_measure")
 NETWORKS = ("unet", "text_encoder", "text_encoder_2", "vae")
 SAMPLERS = ("euler", "euler_ancestral", "heun", "ddim", "ddpm", "dpmpp_2m")
 """As in diffusion.profiles, which a test holds them against: refusing should not wait for jax."""
@@ -202,7 +202,8 @@ class Run:
     """All settings of a run, checked: build it with `read` or `from_dict`."""
 
     kind: str = choice(REQUIRED, KINDS)
-    """first_stage trains an autoencoder, second_stage diffusion in its latents."""
+    """first_stage trains an autoencoder, second_stage diffusion in its latents; scenes_text a text
+    encoder on the captions of `scenes`, scenes_measure what reads their pictures."""
     description: str | None = text(None)
     """For people; nothing depends on it."""
     run: Steps

@@ -13,9 +13,7 @@ from sdjax import config
 from sdjax.errors import InputError
 from sdjax.training.checks import check, completed
 from sdjax.training.schema import (
-    FIRST,
     KINDS,
-    SECOND,
     TABLES,
     Data,
     Ema,
@@ -94,8 +92,7 @@ def from_dict(tables: Mapping[str, Any], origin: Origin | str = "settings") -> R
         for name, field in _PLAIN.items()
         if name in tables
     }
-    kind = plain["kind"]
-    only = FIRST if kind == FIRST else SECOND
+    only = plain["kind"]
     read_tables: dict[str, Any] = {
         name: read_table(cls, name, tables.get(name, {}), origin, _KNOWN, only=only)
         for name, cls in TABLES.items()
@@ -108,7 +105,6 @@ def from_dict(tables: Mapping[str, Any], origin: Origin | str = "settings") -> R
 
 def to_dict(run: Run) -> dict[str, Any]:
     """The tables that `from_dict` reads: every key that has a value, defaults written out."""
-    only = FIRST if run.kind == FIRST else SECOND
     plain = {name: getattr(run, name) for name in _PLAIN}
     tables: dict[str, Any] = {name: value for name, value in plain.items() if value is not None}
     for name, cls in TABLES.items():
@@ -118,7 +114,7 @@ def to_dict(run: Run) -> dict[str, Any]:
         tables[name] = {
             key: list(value) if isinstance(value, tuple) else value
             for key, of in kinds(cls).items()
-            if (value := getattr(table, key)) is not None and of.only in ("", only)
+            if (value := getattr(table, key)) is not None and of.only in ("", run.kind)
         }
     return tables
 

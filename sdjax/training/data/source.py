@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -30,16 +30,17 @@ class Example(NamedTuple):
 class Source(Protocol):
     """Examples by number; anything with these two methods can be trained on.
 
-    An example that cannot be read is None, never an exception; a source that has a dict `skipped`
-    puts its number there with one line: the name and what is wrong. One that has a `digest`, a str,
-    is known by it: caches and checkpoints then notice other data.
+    An example is a picture with its caption, or arrays that are a batch's row as they are. One that
+    cannot be read is None, never an exception; a source that has a dict `skipped` puts its number
+    there with one line: the name and what is wrong. One that has a `digest`, a str, is known by it:
+    caches and checkpoints then notice other data.
     """
 
     def __len__(self) -> int:
         """How many there are, the unreadable among them; `ENDLESS` for a program's."""
         ...
 
-    def __getitem__(self, index: int, /) -> Example | None:
+    def __getitem__(self, index: int, /) -> Example | Mapping[str, np.ndarray] | None:
         """The same example for the same number, in any process and in any order."""
         ...
 
@@ -52,7 +53,7 @@ class Drawn:
 
     def __init__(
         self,
-        make: Callable[[int], Example | None],
+        make: Callable[[int], Example | Mapping[str, np.ndarray] | None],
         length: int | None = None,
         digest: str = "",
     ):
@@ -65,7 +66,7 @@ class Drawn:
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> Example | None:
+    def __getitem__(self, index: int) -> Example | Mapping[str, np.ndarray] | None:
         return self.make(index)
 
 
@@ -82,7 +83,7 @@ class Joined:
     def __len__(self) -> int:
         return self.starts[-1]
 
-    def __getitem__(self, index: int) -> Example | None:
+    def __getitem__(self, index: int) -> Example | Mapping[str, np.ndarray] | None:
         which = bisect.bisect_right(self.starts, index) - 1
         inner = index - self.starts[which]
         found = self.sources[which][inner]

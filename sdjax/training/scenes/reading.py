@@ -51,6 +51,10 @@ class Reading:
         params["sharp"] = jnp.ones_like(params["sharp"])
         return {"measure": params}, ()
 
+    def first_extra(self, params: Params) -> tuple:
+        """Nothing: all is learnt by gradients."""
+        return ()
+
     def gradients(
         self,
         params: Params,
