@@ -118,3 +118,29 @@ def test_blocks_of_queries_and_pieces_of_keys_change_nothing(monkeypatch, causal
     q, k, v = arrays(1, 300, 300, 2, 8)
     got = jax.jit(lambda *a: blocked(*a, causal, 8**-0.5))(q, k, v)
     np.testing.assert_allclose(got, exact(q, k, v, causal), atol=2e-6)
+
+
+@pytest.mark.parametrize(("dtype", "flash"), [(jnp.bfloat16, True), (jnp.float32, False)])
+def test_programs_for_a_gpu_call_cudnns_flash_attention_both_ways(monkeypatch, dtype, flash):
+    """Lowered for CUDA without one: the calls are there with operands that jax accepts.
+
+    77 tokens of text are an odd number, whose gradients jax refuses: they go another way.
+    """
+    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda *_: True)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    image, text = (jax.ShapeDtypeStruct((2, n, 8, 40), dtype) for n in (4096, 77))
+
+    def lowered(function, key):
+        traced = jax.jit(function).trace(image, key, key)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    def loss(q, k, v):
+        return attention(q, k, v).astype(jnp.float32).sum()
+
+    for key in (image, text):
+        asked = flash and key is image
+        assert ("__cudnn$fmhaSoftmax(" in lowered(attention, key)) == asked
+        backward = lowered(jax.grad(loss, (0, 1, 2)), key)
+        assert ("__cudnn$fmhaSoftmaxBackward(" in backward) == asked

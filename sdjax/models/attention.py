@@ -171,9 +171,14 @@ def _by_platform_jvp(causal: bool, scale: float, primals: tuple, tangents: tuple
 
 
 def _flash_fits(q: Array, k: Array) -> bool:
-    """Whether this process has a GPU and cuDNN a kernel for these arrays."""
+    """Whether this process has a GPU and cuDNN a kernel for these arrays and their gradients.
+
+    jax 0.10 refuses to differentiate cuDNN's attention over an odd number of tokens, such as 77.
+    """
     half = q.dtype in (jnp.float16, jnp.bfloat16) and k.dtype == q.dtype
-    return half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and jax.default_backend() == "gpu"
+    even = q.shape[1] % 2 == k.shape[1] % 2 == 0
+    width = q.shape[-1]
+    return half and even and width % 8 == 0 and width <= 128 and jax.default_backend() == "gpu"
 
 
 def _cuda_or_other(q: Array, k: Array, v: Array, causal: bool, scale: float) -> Array:
