@@ -40,8 +40,8 @@ def images(count=2, seed=0):
 
 
 @functools.cache
-def compiled(stage):
-    """The stage's gradients of two images, as a program."""
+def compiled(stage, what=""):
+    """The stage's gradients of two images, as a program; another one for another `what`."""
     call = jax.jit(lambda *a: stage.gradients(*a))
     programs = {}
 
@@ -282,6 +282,17 @@ def test_recomputing_keeps_less_than_half(capsys):
         return sum(np.prod([int(n) for n in s[1].split(",")]) for s in shapes if s)
 
     assert 0 < kept(True) < kept(False) / 2
+
+
+def test_a_decoder_alone_gets_the_gradients_that_it_gets_with_its_encoder():
+    stage, params, frozen = kl()
+    whole = compiled(stage)(params, (), frozen, 0)
+    trained, kept = first_stage.split(params["vae"])
+    assert set(kept) == {"encoder", "quant_conv"}
+    alone = compiled(stage, "alone")(params | {"vae": trained}, (), frozen | {"vae": kept}, 0)
+    assert set(alone.grads["vae"]) == {"decoder", "post_quant_conv"}
+    assert distance(alone.grads["vae"], {n: whole.grads["vae"][n] for n in trained}) < 1e-5
+    np.testing.assert_allclose(alone.metrics["loss"], whole.metrics["loss"], rtol=1e-6)
 
 
 def test_an_ema_codebook_follows_the_latents_and_the_params_own_is_not_used():

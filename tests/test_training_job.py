@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny
 from PIL import Image
 
@@ -93,8 +94,6 @@ def test_both_stages_make_a_model_that_torch_and_sdjax_sample_alike(bundle):
     import torch
     from diffusers import StableDiffusionPipeline
 
-    import sdjax
-
     vae, folder, said = bundle
     assert "cached 4 of 4 examples" in said
     model, params = sdjax.load(folder)
@@ -116,6 +115,20 @@ def test_both_stages_make_a_model_that_torch_and_sdjax_sample_alike(bundle):
     assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
 
 
+def test_a_decoder_alone_learns_and_latents_stay_what_they_were(home, bundle):
+    old, *_ = bundle
+    new, _ = trained(
+        "first_stage", home / "decoder", model={"load": str(old), "train": "decoder"}, data=SCENES
+    )
+    assert (new / "config.json").read_text() == (old / "config.json").read_text()
+    before, after = (
+        safetensors.numpy.load_file(folder / "diffusion_pytorch_model.safetensors")
+        for folder in (old, new)
+    )
+    moved = {key.split(".")[0] for key in before if (before[key] != after[key]).any()}
+    assert moved == {"decoder", "post_quant_conv"}
+
+
 def test_samples_are_drawn_and_logged(bundle):
     home = bundle[1].parent
     assert Image.open(home / "samples" / "00000002.png").size[0] >= 64
@@ -123,7 +136,6 @@ def test_samples_are_drawn_and_logged(bundle):
 
 
 def test_a_finetuned_checkpoint_is_still_one_and_has_moved(home, bundle):
-    import sdjax
 
     before = sdjax.load(bundle[1])[1]
     folder, _ = trained(
@@ -139,7 +151,6 @@ def test_a_finetuned_checkpoint_is_still_one_and_has_moved(home, bundle):
 
 
 def test_a_lora_is_written_and_changes_the_unet(home, bundle):
-    import sdjax
     from sdjax.checkpoints.lora import load_lora
     from sdjax.models.lora import merge
 

@@ -154,12 +154,21 @@ def _of_model(run: "Run") -> list[tuple[bool, str]]:
             "model.load is missing: lora trains updates of a checkpoint's weights",
         ),
         (
-            first and model.train != ("vae",),
-            f"model.train of a first stage is vae alone, got {', '.join(model.train)}",
+            first and model.train not in (("vae",), ("decoder",)),
+            f"model.train of a first stage is vae or decoder, got {', '.join(model.train)}",
         ),
         (
-            second and "vae" in model.train,
-            "model.train has vae, which is the first stage's: take it away",
+            model.train == ("decoder",) and model.load is None,
+            "model.load is missing: a decoder alone learns for the latents of a trained encoder",
+        ),
+        (
+            model.train == ("decoder",) and run.loss.codebook_decay is not None,
+            "loss.codebook_decay moves the codebook, and model.train has the decoder alone: take "
+            "one away",
+        ),
+        (
+            second and not {"vae", "decoder"}.isdisjoint(model.train),
+            "model.train has vae or decoder, which are the first stage's: take it away",
         ),
     ]
 

@@ -22,7 +22,7 @@ from sdjax.training.first_stage_loss import FirstStageLoss
 from sdjax.training.stage import Batch, Gradients
 from sdjax.types import Array
 
-__all__ = ["FirstStage", "FirstStageLoss", "latent_noise", "measure_scale", "to_float"]
+__all__ = ["FirstStage", "FirstStageLoss", "latent_noise", "measure_scale", "split", "to_float"]
 
 LATENT_NOISE = 0
 """What an image's key is folded with for the draw of its latents."""
@@ -38,7 +38,9 @@ class FirstStage:
     """Training an autoencoder, with or without LPIPS and a discriminator.
 
     `params` holds "vae", "discriminator" where there is one, and "logvar" (a scalar) where it is
-    learnt; `frozen` holds "lpips" where there is one; batches hold "pixels", uint8 [b, h, w, 3].
+    learnt; `frozen` holds "lpips" where there is one, and as "vae" those parts of the autoencoder
+    that are not in `params`: with the encoder there, a decoder learns for latents that stay
+    (`split`); batches hold "pixels", uint8 [b, h, w, 3].
     `extra` is (), or the averages of an EMA codebook: the codebook in `params` is then not used,
     and `autoencoder` gives the tree to save.
 
@@ -124,7 +126,8 @@ class FirstStage:
         """
         self.check(*batch["pixels"].shape[1:3])
         pixels = to_float(batch["pixels"])
-        forward = functools.partial(self._forward, extra=extra, pixels=pixels, keys=keys)
+        kept = frozen.get("vae", {})
+        forward = functools.partial(self._forward, kept=kept, extra=extra, pixels=pixels, keys=keys)
         (made, regular), pull, (last, extra, metrics) = jax.vjp(
             forward, params["vae"], has_aux=True
         )
@@ -174,9 +177,11 @@ class FirstStage:
     def _remat(self, function: Callable) -> Callable:
         return jax.checkpoint(function, policy=_keep) if self.remat else function
 
-    def _forward(self, vae: Params, extra: Any, pixels: Images, keys: Key[Array, " b"]) -> Any:
+    def _forward(
+        self, vae: Params, kept: Params, extra: Any, pixels: Images, keys: Key[Array, " b"]
+    ) -> Any:
         """((reconstructions, weighted regulariser), (input of the last layer, extra, metrics))."""
-        vae = self.autoencoder({"vae": vae}, extra)
+        vae = self.autoencoder({"vae": {**kept, **vae}}, extra)
         mean, logvar = self.encode(vae, pixels)
         if logvar is None:
             found = self._apply(vae, mean, "lookup")
@@ -269,6 +274,15 @@ class FirstStage:
         names = ("g_loss", "d_weight", "disc_loss", "logits_real", "logits_fake")
         zeros = jax.tree.map(jnp.zeros_like, disc)
         return jnp.zeros_like(made), zeros, {name: jnp.float32(0) for name in names}
+
+
+def split(vae: Params) -> tuple[Params, Params]:
+    """An autoencoder's tree as what follows its latents, and the rest, which makes them."""
+    after = ("decoder", "post_quant_conv")
+    return (
+        {name: tree for name, tree in vae.items() if name in after},
+        {name: tree for name, tree in vae.items() if name not in after},
+    )
 
 
 def to_float(pixels: UInt8[Array, "b h w c"]) -> Images:

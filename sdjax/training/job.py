@@ -27,7 +27,7 @@ from sdjax.tasks.text_to_image import text_to_image
 from sdjax.text import Tokenizer
 from sdjax.training import data, encoding
 from sdjax.training.data import Batches, Source
-from sdjax.training.first_stage import FirstStage, FirstStageLoss, measure_scale
+from sdjax.training.first_stage import FirstStage, FirstStageLoss, measure_scale, split
 from sdjax.training.fresh import fresh
 from sdjax.training.lora import Lora
 from sdjax.training.losses import DiffusionLoss
@@ -100,22 +100,32 @@ def first(run: Run, process: tuple[int, int]) -> Job:
         dtype=run.model.dtype,
         remat=run.model.remat,
     )
+    alone = run.model.train == ("decoder",)
     if params is not None:
         drawn, _ = stage.init(jax.random.key(run.run.seed))
+        if alone:
+            params, frozen["vae"] = split(params)
         params = drawn | {"vae": params}
+    kept = frozen.get("vae", {})
+
+    def networks(params: Params) -> Params:
+        return params | {"vae": {**kept, **params["vae"]}}
+
     source = _source(run, captions=False)
     held = _held_out(run, source, 8)
     reconstruct = jax.jit(stage.reconstruct)
 
     def picture(params: Params, extra: Any) -> np.ndarray:
-        made = np.asarray(reconstruct(params, extra, held))
+        made = np.asarray(reconstruct(networks(params), extra, held))
         return contact_sheet([*held, *made], columns=len(held))
 
     def finish(folder: Path, params: Params, extra: Any, averaged: bool) -> Path:
-        batches = _batches(run, source, {}, (0, 1))
-        with batches:
-            seen = [next(batches) for _ in range(max(1, 256 // run.run.batch_size))]
-        scale = measure_scale(stage, params, seen, extra=extra)
+        params, scale = networks(params), module.scaling_factor
+        if not alone:
+            batches = _batches(run, source, {}, (0, 1))
+            with batches:
+                seen = [next(batches) for _ in range(max(1, 256 // run.run.batch_size))]
+            scale = measure_scale(stage, params, seen, extra=extra)
         tree = stage.autoencoder(params, extra)
         where = folder / ("vae" if averaged else "vae-last")
         return save_vae(where, module, tree, scale, overwrite=True)

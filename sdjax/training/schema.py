@@ -5,8 +5,24 @@ from dataclasses import dataclass
 from sdjax.training.tables import REQUIRED, choice, flag, number, side, text, texts, whole
 
 KINDS = ("first_stage", "second_stage", "scenes_text", "scenes_measure")
-NETWORKS = ("unet", "text_encoder", "text_encoder_2", "vae")
-SAMPLERS = ("euler", "euler_ancestral", "heun", "ddim", "ddpm", "dpmpp_2m")
+NETWORKS = ("unet", "text_encoder", "text_encoder_2", "vae", "decoder")
+SAMPLERS = (
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "ddim",
+    "ddpm",
+    "dpmpp_2m",
+    "dpm_2",
+    "dpm_2_ancestral",
+    "lms",
+    "dpm_fast",
+    "dpm_adaptive",
+    "dpmpp_2s_ancestral",
+    "dpmpp_sde",
+    "dpmpp_2m_sde",
+    "dpmpp_3m_sde",
+)
 """As in diffusion.profiles, which a test holds them against: refusing should not wait for jax."""
 
 DISTANCES = ("l2", "l1", "huber")
@@ -52,7 +68,8 @@ class Model:
     vae: str | None = text(None, only=SECOND)
     """A trained first stage; left out, the one that `load` brings."""
     train: tuple[str, ...] = texts((), NETWORKS)
-    """Networks that learn. Left out: the UNet in a second stage, the VAE in a first."""
+    """Networks that learn. Left out: the UNet in a second stage, the VAE in a first, where decoder
+    alone leaves a loaded VAE's latents as they are, for the UNets that know them."""
     dtype: str = choice("float32", ("float32", "bfloat16"))
     """What networks compute in; weights, norms' statistics and losses are always float32."""
     remat: bool = flag(False)
