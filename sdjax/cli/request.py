@@ -18,7 +18,27 @@ from sdjax.text import read_prompts, valid
 
 # As in diffusion.profiles, which a test holds them against: asking should not wait for jax.
 SAMPLERS = ("euler", "euler_ancestral", "heun", "ddim", "ddpm", "dpmpp_2m")
-SPACINGS = ("karras", "exponential", "leading", "trailing", "linspace")
+SPACINGS = (
+    "karras",
+    "exponential",
+    "polyexponential",
+    "lu",
+    "kl_optimal",
+    "beta_sigmas",
+    "vp",
+    "linear_quadratic",
+    "align_your_steps",
+    "align_your_steps_sdxl",
+    "leading",
+    "trailing",
+    "linspace",
+    "simple",
+    "normal",
+    "sgm_uniform",
+    "ddim_uniform",
+    "quad",
+    "beta",
+)
 DTYPES = ("float32", "bfloat16", "float16")
 LAST_SEED = 2**64 - 1
 

@@ -78,11 +78,11 @@ def diffusers(config: Mapping[str, Any], steps: int) -> Plan:
 def k_diffusion(
     schedule: Schedule, sampler: Sampler | str, spacing: str = "karras", steps: int = 20
 ) -> Plan:
-    """A sampler with a spacing, both of the user's choice, ending at sigma 0.
+    """A sampler with a spacing, both of the user's choice, ending at sigma 0 (`spacings.named`).
 
-    karras and exponential run from the schedule's sigma_max to its sigma_min, as in k-diffusion;
-    leading, trailing and linspace take diffusers' timesteps (leading with an offset of 1, as Stable
-    Diffusion has it). The start is noise * sigma_max, for leading noise * sqrt(1 + sigma^2).
+    Spacings of noise levels run from the schedule's sigma_max to its sigma_min, as in k-diffusion.
+    The start is noise * sigma_max, for leading and quad, which start lower, noise * sqrt(1 +
+    sigma^2).
     """
     if isinstance(sampler, str):
         if sampler not in SAMPLERS:
@@ -90,15 +90,11 @@ def k_diffusion(
         chosen: Sampler = SAMPLERS[sampler]()
     else:
         chosen = sampler
-    table = schedule.sigmas
-    if spacing in ("karras", "exponential"):
-        sigmas = getattr(spacings, spacing)(steps, schedule.sigma_min, schedule.sigma_max)
-        return Plan(chosen, sigmas, log_timestep(table, sigmas[:-1]), float(sigmas[0]))
-    if spacing not in SPACINGS:
-        raise InputError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r:.60}")
-    t = _timesteps(spacing, steps, schedule.timesteps, 1 if steps < schedule.timesteps else 0)
-    sigmas = np.append(schedule.sigma(t), 0.0)
-    return Plan(chosen, sigmas, t, _unit(sigmas[0]) if spacing == "leading" else float(sigmas[0]))
+    sigmas, t = spacings.named(spacing, steps, schedule)
+    if t is None:
+        return Plan(chosen, sigmas, log_timestep(schedule.sigmas, sigmas[:-1]), float(sigmas[0]))
+    unit = spacing in ("leading", "quad")
+    return Plan(chosen, sigmas, t, _unit(sigmas[0]) if unit else float(sigmas[0]))
 
 
 def _ddim(

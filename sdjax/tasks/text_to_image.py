@@ -82,11 +82,12 @@ def text_to_image(
     )
     if output not in ("images", "latents"):
         raise InputError(f'output must be "images" or "latents", got {output!r}')
-    size, longest = len(asked.prompts), max(asked.steps)
+    size = len(asked.prompts)
     plans = {n: choose(model, n, sampler, spacing) for n in set(asked.steps)}
     chosen = batch([plans[n] for n in asked.steps])
     if chosen.note:
         warnings.warn(chosen.note, stacklevel=2)
+    longest = len(chosen.timesteps)  # a few spacings have more or fewer steps than asked for
     guided = any(scale != 1 for scale in asked.guidance_scales)
     shape = settings.latent_shape(model, asked.height, asked.width)
     solver = parallel.Parts.of(leaves32(chosen.sampler), functools.partial(_sampler_axis, size))
