@@ -103,6 +103,7 @@ def parameters(settings: Mapping[str, Any]) -> str:
         "Schedule type": (settings.get("spacing") or "").capitalize() or None,
         "CFG scale": settings.get("guidance_scale"),
         "Seed": settings.get("seed"),
+        "RNG": {"torch-cpu": "CPU", "torch-cuda": "NV"}.get(settings.get("noise") or ""),
         "Size": f"{settings.get('width')}x{settings.get('height')}",
         "Model hash": (settings.get("model_hash") or "")[:10] or None,
         "Model": settings.get("model_name"),

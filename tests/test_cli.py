@@ -176,6 +176,7 @@ def first(model, tmp_path_factory):
     asked = ["generate", "a red/house", "\N{CAT}", "--model", str(model), "--seed", "7", *SMALL]
     asked += ["--count", "2", "--sampler", "ddim", "--spacing", "leading", "--negative", "blurry"]
     asked += ["--guidance", "5", "--out", str(out / "images"), "--cache-dir", str(out / "cache")]
+    asked += ["--noise", "torch-cpu"]
     assert main(asked) == 0
     return out / "images"
 
@@ -188,6 +189,7 @@ def test_images_are_named_by_prompt_and_seed_and_carry_their_settings(first, mod
     wanted = {"prompt": "\N{CAT}", "seed": 8, "steps": 1, "negative_prompt": "blurry"}
     wanted |= {"guidance_scale": 5.0, "width": 32, "height": 32, "sampler": "ddim"}
     wanted |= {"spacing": "leading", "model": request.from_home(str(model)), "dtype": "float32"}
+    wanted |= {"noise": "torch-cpu"}
     assert {key: settings[key] for key in wanted} == wanted
 
 

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from sdjax.diffusion import torch_noise
+from sdjax.diffusion import noise, sampling, torch_noise
+from sdjax.diffusion.analytic import Gaussian
+from sdjax.diffusion.samplers import EulerAncestral
 from sdjax.errors import InputError
 
 SEEDS = [0, 1, 42, 2**31, 2**32 - 1, 2**32 + 5, 2**64 - 1]
@@ -44,6 +46,27 @@ def test_latents_are_those_of_a_diffusers_pipeline():
     want = [randn_tensor((2, 4, 5, 7), generator=generators).numpy() for _ in range(2)]
     got = torch_noise.draw("torch-cpu", [3, 2**33], (5, 7, 4), draws=2)
     np.testing.assert_array_equal(got, np.stack(want).transpose(0, 1, 3, 4, 2))
+
+
+def test_a_stochastic_run_takes_its_noise_from_the_same_generator():
+    """diffusers' Euler ancestral with a generator, against the tape of its later draws."""
+    torch = pytest.importorskip("torch")
+    from diffusers import EulerAncestralDiscreteScheduler
+
+    scheduler = EulerAncestralDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    generator = torch.Generator().manual_seed(11)
+    x = torch.randn((1, 2, 3, 4), generator=generator) * scheduler.init_noise_sigma
+    for t, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):
+        scheduler.scale_model_input(x, t)
+        away = (x - 0.5) / (1 + sigma**2) ** 0.5  # a network's noise for N(0.5, 1), times sigma
+        x = scheduler.step(sigma / (1 + sigma**2) ** 0.5 * away, t, x, generator=generator)[0]
+    start, *rest = torch_noise.draw("torch-cpu", [11], (3, 4, 2), draws=5)
+    begin = start * float(scheduler.init_noise_sigma)
+    sigmas = scheduler.sigmas.numpy()
+    tape = noise.Tape(np.stack(rest))
+    got = sampling.sample(EulerAncestral(), Gaussian(0.5, 1.0), begin, sigmas, tape)
+    np.testing.assert_allclose(got, x.numpy().transpose(0, 2, 3, 1), rtol=2e-5, atol=2e-5)
 
 
 # Random123's kat_vectors: counter, key, answer.

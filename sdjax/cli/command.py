@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from sdjax.cli import convert, generate, inspect, train
-from sdjax.cli.request import SAMPLERS, SPACINGS
+from sdjax.cli.request import NOISES, SAMPLERS, SPACINGS
 from sdjax.cli.show import Interrupted, note, say
 from sdjax.errors import InputError
 
@@ -63,6 +63,11 @@ def parser() -> Parser:
         "--guidance", metavar="SCALE", help="how closely to follow the prompt; 1 is off (7.5)"
     )
     make.add_argument("--seed", metavar="N", help="0 to 2**64 - 1 (drawn, and said)")
+    make.add_argument(
+        "--noise",
+        metavar="NAME",
+        help=f"as another program draws it from the seed: {', '.join(NOISES)} (sdjax's own)",
+    )
     make.add_argument(
         "--count", metavar="N", help="images of each prompt, with seeds N, N + 1, ... (1)"
     )

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from sdjax import images
 from sdjax.cli import request
 from sdjax.cli.request import Request
@@ -187,6 +189,7 @@ def common_settings(wanted: Request, model: "Model") -> dict[str, Any]:
         "sampler": wanted.sampler,
         "sampler_name": names.get(type(plan.sampler)),
         "spacing": wanted.spacing,
+        "noise": wanted.noise,
         "guidance_scale": wanted.guidance,
         "height": wanted.height,
         "width": wanted.width,
@@ -227,8 +230,31 @@ def made(
                 height=wanted.height,
                 width=wanted.width,
                 progress=progress.running,
+                **foreign_noise(wanted, model, [job.seed for job in rows]),
             )
         yield from zip(some, pixels, strict=False)
+
+
+def foreign_noise(wanted: Request, model: "Model", seeds: list[int]) -> dict[str, Any]:
+    """The start, and the noise of every step, that another program would draw from these seeds."""
+    if wanted.noise is None:
+        return {}
+    from sdjax.diffusion import torch_noise
+    from sdjax.diffusion.noise import Tape
+    from sdjax.diffusion.trajectories import draws
+    from sdjax.tasks.plan import choose
+    from sdjax.tasks.settings import latent_shape
+
+    assert wanted.height and wanted.width  # `completed`
+    shape = latent_shape(model, wanted.height, wanted.width)
+    plan = choose(model, wanted.steps, wanted.sampler, wanted.spacing)
+    each = draws(plan.sampler, shape)
+    steps = max(wanted.steps, len(plan.timesteps))
+    start, *rest = torch_noise.draw(wanted.noise, seeds, shape, 1 + steps * each)
+    if not each:
+        return {"latents": start}
+    later = np.stack(rest).reshape(steps, each, *start.shape)
+    return {"latents": start, "noise": Tape(later)}
 
 
 def write_sheets(wanted: Request, saved: list[Path]) -> None:

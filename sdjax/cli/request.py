@@ -39,6 +39,7 @@ SPACINGS = (
     "quad",
     "beta",
 )
+NOISES = ("torch-cpu", "torch-cuda")
 DTYPES = ("float32", "bfloat16", "float16")
 LAST_SEED = 2**64 - 1
 
@@ -52,6 +53,7 @@ class Request(NamedTuple):
     steps: int
     sampler: str | None
     spacing: str | None
+    noise: str | None
     guidance: float
     height: int | None
     width: int | None
@@ -80,6 +82,7 @@ def read(asked: argparse.Namespace) -> Request:
     steps = whole("steps", given("steps", "steps", "20"), 1, 1000)
     sampler = known("sampler", given("sampler", "sampler"), SAMPLERS)
     spacing = known("spacing", given("spacing", "spacing"), SPACINGS)
+    noise = known("noise", given("noise", "noise"), NOISES)
     guidance = number("guidance", given("guidance", "guidance_scale", "7.5"))
     height, width = (side(name, given(name, name)) for name in ("height", "width"))
     dtype = known("dtype", given("dtype", "dtype"), DTYPES)
@@ -95,6 +98,7 @@ def read(asked: argparse.Namespace) -> Request:
         steps=steps,
         sampler=sampler,
         spacing=spacing,
+        noise=noise,
         guidance=guidance,
         height=height,
         width=width,

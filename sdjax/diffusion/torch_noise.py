@@ -155,7 +155,7 @@ def _log(x: np.ndarray) -> np.ndarray:
     e = np.where(low, exponent - 1, exponent).astype(np.float32)
     x = np.where(low, half + half, half) - np.float32(1)
     z = x * x
-    y = np.float32(7.0376836292e-2)
+    y: np.ndarray | np.float32 = np.float32(7.0376836292e-2)
     for c in _LOG:
         y = _fma(y, x, c)
     y = _fma(y * x, z, e * np.float32(-2.12194440e-4))
