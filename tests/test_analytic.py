@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from sdjax.diffusion.analytic import Gaussian, GaussianMixture
+from sdjax.diffusion.analytic import Empirical, Gaussian, GaussianMixture
 
 SHAPE = (2, 2, 1, 1)
 
@@ -40,3 +40,16 @@ def test_the_flow_satisfies_its_equation():
         np.testing.assert_allclose(slope, (x - gaussian(x, s)) / s, rtol=2e-3)
     there = gaussian.flow(x, jnp.float32(5), jnp.float32(0))
     np.testing.assert_allclose(gaussian.flow(there, jnp.float32(0), jnp.float32(5)), x, rtol=1e-5)
+
+
+def test_a_data_set_is_a_mixture_without_width():
+    rng = np.random.default_rng(3)
+    data = rng.standard_normal((5, 2, 2, 1)).astype(np.float32)
+    x = jnp.asarray(rng.standard_normal((3, 2, 2, 1), np.float32))
+    for sigma in (jnp.float32(0.6), jnp.asarray([0.2, 1.0, 30.0]).reshape(3, 1, 1, 1)):
+        narrow = GaussianMixture(jnp.full(5, 0.2), jnp.asarray(data), jnp.zeros(5))
+        got = Empirical(data)(x, sigma)
+        np.testing.assert_allclose(got, narrow(x, sigma), rtol=1e-5, atol=1e-5)
+    near = Empirical(data)(x, jnp.float32(1e-3))
+    closest = np.argmin(((np.asarray(x)[:, None] - data) ** 2).sum((2, 3, 4)), axis=1)
+    np.testing.assert_allclose(near, data[closest], rtol=1e-6)

@@ -55,3 +55,23 @@ class GaussianMixture:
         log = log - 0.5 * values * jnp.log(total[..., 0, 0, 0]) + jnp.log(weights)
         share = jax.nn.softmax(log, axis=1)[..., None, None, None]
         return jnp.sum(share * (means[None] + signal / total * away), axis=1)
+
+
+@pytree
+class Empirical:
+    """E[x0 | x] when x0 is one of a data set's images, each as likely: the denoiser that a network
+    with enough room would learn. Karras et al. (2206.00364), appendix B.3.
+
+    `data` [n, h, w, c]. Its flow ends on one of them.
+    """
+
+    data: ArrayLike
+
+    def __call__(self, x: Latents, sigma: Sigma) -> Latents:
+        data = jnp.asarray(self.data)
+        axes = (1, 2, 3)
+        # One item at a time: expanding the square would cancel at low noise.
+        away = jax.lax.map(lambda item: jnp.sum(jnp.square(x - item), axes), data)  # [n, b]
+        level = jnp.broadcast_to(sigma, (x.shape[0], 1, 1, 1)).reshape(-1)
+        share = jax.nn.softmax(-0.5 * away / jnp.square(level), axis=0)
+        return jnp.einsum("nb,nhwc->bhwc", share, data, precision="highest")
