@@ -30,6 +30,9 @@ Sigma = Float[Array, ""] | Float[Array, "b 1 1 1"]
 Index = Int[Array, ""] | Int[Array, "b 1 1 1"]
 """Shaped like sigma: images may stand at different steps."""
 
+Draw = int | Int[Array, ""]
+"""Which draw of a step; traced where a sampler's own loop counts."""
+
 Denoiser = Callable[[Latents, Sigma], Latents]
 """E[x0 | x] at noise level sigma; a `jax.tree_util.Partial` of a module-level function under jit.
 """
@@ -54,14 +57,16 @@ class Noise(Protocol):
     `draw` counts the draws within one step.
     """
 
-    def __call__(self, index: Index, sigma: Sigma, sigma_next: Sigma, draw: int = 0) -> Latents: ...
+    def __call__(
+        self, index: Index, sigma: Sigma, sigma_next: Sigma, draw: Draw = 0
+    ) -> Latents: ...
 
 
 @runtime_checkable
 class StepNoise(Protocol):
     """What a sampler is handed: `Noise` with the step's index already bound."""
 
-    def __call__(self, sigma: Sigma, sigma_next: Sigma, draw: int = 0) -> Latents: ...
+    def __call__(self, sigma: Sigma, sigma_next: Sigma, draw: Draw = 0) -> Latents: ...
 
 
 @runtime_checkable

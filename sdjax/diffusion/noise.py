@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from sdjax.errors import InputError
-from sdjax.types import Index, Latents, Sigma, pytree, static
+from sdjax.types import Draw, Index, Latents, Sigma, pytree, static
 
 START = 2**32 - 1
 """The fold for starting noise; steps fold in their index, which stays far below."""
@@ -57,7 +57,7 @@ class White:
     keys: Any
     shape: tuple[int, ...] = static()
 
-    def __call__(self, index: Index, sigma: Sigma, sigma_next: Sigma, draw: int = 0) -> Latents:
+    def __call__(self, index: Index, sigma: Sigma, sigma_next: Sigma, draw: Draw = 0) -> Latents:
         step = jnp.broadcast_to(jnp.asarray(index).reshape(-1), self.keys.shape)
 
         def one(key: Key[Array, ""], i: Array) -> Array:
@@ -91,16 +91,18 @@ class Tape:
                 f"got {list(own)}"
             )
 
-    def __call__(self, index: Index, sigma: Sigma, sigma_next: Sigma, draw: int = 0) -> Latents:
+    def __call__(self, index: Index, sigma: Sigma, sigma_next: Sigma, draw: Draw = 0) -> Latents:
         draws = jnp.asarray(self.draws)
         if draws.ndim == 5:
             draws = draws[:, None]
-        if not 0 <= draw < draws.shape[1]:
+        if isinstance(draw, int) and not 0 <= draw < draws.shape[1]:
             raise InputError(
                 f"this sampler draws {draw + 1} times a step, but the tape holds {draws.shape[1]}: "
                 "pass draws [n, draws, b, h, w, c]"
             )
-        draws, index = draws[:, draw], jnp.asarray(index)
+        # A draw that is counted inside the program: NaN past the end, not the last one again.
+        draws = draws.at[:, draw].get(mode="fill", fill_value=jnp.nan)
+        index = jnp.asarray(index)
         if index.ndim == 0:
             return draws[index]
         return jnp.take_along_axis(draws, index[None], axis=0)[0]

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from sdjax.diffusion.noise import Tape, White
 from sdjax.errors import InputError
-from sdjax.types import Denoiser, Index, Latents, Noise, Sampler, Sigma, State, Step
+from sdjax.types import Denoiser, Draw, Index, Latents, Noise, Sampler, Sigma, State, Step
 
 Sigmas = Float[Array, "n"] | Float[Array, "n b 1 1 1"] | np.ndarray
 """Noise levels [n+1], or one schedule an image [n+1, b, 1, 1, 1]."""
@@ -89,7 +89,7 @@ def scan(
     def advance(carry: Carry, i: Int[Array, ""]) -> Carry:
         at = _step(sigmas, steps, i)
 
-        def bound(sigma: Sigma, sigma_next: Sigma, draw: int = 0) -> Latents:
+        def bound(sigma: Sigma, sigma_next: Sigma, draw: Draw = 0) -> Latents:
             return source(at.index, sigma, sigma_next, draw)
 
         new = Carry(*sampler.step(denoise, carry.x, at, carry.state, bound))
@@ -148,7 +148,7 @@ def _noise(sampler: Sampler, noise: Any, x: Latents) -> Noise:
         # A sampler's `stochastic` says whether it will draw; else drawing itself is the sign.
         stochastic = getattr(sampler, "stochastic", None)
 
-        def missing(index: Index, sigma: Sigma, sigma_next: Sigma, draw: int = 0) -> Latents:
+        def missing(index: Index, sigma: Sigma, sigma_next: Sigma, draw: Draw = 0) -> Latents:
             if stochastic is None:
                 raise refusal
             return jnp.full_like(

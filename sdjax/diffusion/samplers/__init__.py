@@ -4,8 +4,30 @@ else.
 
 from sdjax.diffusion.samplers.ddim import DDIM
 from sdjax.diffusion.samplers.ddpm import DDPM
+from sdjax.diffusion.samplers.dpm2 import DPM2, DPM2Ancestral
+from sdjax.diffusion.samplers.dpm_adaptive import DPMAdaptive
+from sdjax.diffusion.samplers.dpm_fast import DPMFast
 from sdjax.diffusion.samplers.dpmpp import DPMSolverPP2M
+from sdjax.diffusion.samplers.dpmpp_sde import DPMSolverPP2MSDE, DPMSolverPP3MSDE, DPMSolverPPSDE
+from sdjax.diffusion.samplers.dpmpp_single import DPMSolverPP2SAncestral
 from sdjax.diffusion.samplers.euler import Euler, EulerAncestral
 from sdjax.diffusion.samplers.heun import Heun
+from sdjax.diffusion.samplers.lms import LMS
 
-__all__ = ["DDIM", "DDPM", "DPMSolverPP2M", "Euler", "EulerAncestral", "Heun"]
+__all__ = [
+    "DDIM",
+    "DDPM",
+    "DPM2",
+    "DPM2Ancestral",
+    "DPMAdaptive",
+    "DPMFast",
+    "DPMSolverPP2M",
+    "DPMSolverPP2MSDE",
+    "DPMSolverPP2SAncestral",
+    "DPMSolverPP3MSDE",
+    "DPMSolverPPSDE",
+    "Euler",
+    "EulerAncestral",
+    "Heun",
+    "LMS",
+]

@@ -1,5 +1,7 @@
 """Euler's method and its ancestral form: first order, one evaluation a step."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -99,6 +101,15 @@ def churn(
         return jnp.where(gamma > 0, x + s_noise * wider * fresh, x).astype(x.dtype)
 
     return jax.lax.cond(jnp.any(gamma > 0), stir, lambda x: x, x), at.sigma * (1 + gamma)
+
+
+def renoise(x: Latents, std: ArrayLike, draw: Callable[[], Latents]) -> Latents:
+    """Add std * draw(), drawn only where some image asks for it."""
+
+    def add(x: Latents) -> Latents:
+        return (x + std * draw()).astype(x.dtype)
+
+    return jax.lax.cond(jnp.any(jnp.asarray(std) != 0), add, lambda x: x, x)
 
 
 def root(square: ArrayLike) -> jax.Array:
