@@ -14,6 +14,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from sdjax.diffusion.samplers.euler import ancestral
 from sdjax.diffusion.sampling import pick
 from sdjax.types import Array, Denoiser, Latents, Sigma, pytree
 
@@ -65,18 +66,24 @@ def interval(guided: Denoiser, plain: Denoiser, low: ArrayLike, high: ArrayLike)
 
 
 def cfg_plus_plus(
-    denoise: Denoiser, strength: Scale, sigmas: Any, plain: Denoiser | None = None
+    denoise: Denoiser,
+    strength: ArrayLike,
+    sigmas: Any,
+    plain: Denoiser | None = None,
+    eta: ArrayLike = 0.0,
 ) -> Denoiser:
     """CFG++: the guided estimate, renoised along the negative's direction. Chung et al.
     (2406.08070).
 
-    Its step x0_strength + (s'/s)(x - x0_negative) is Euler's (and DDIM's) under a guidance scale of
+    Its step x0_strength + (s'/s)(x - x0_negative) is Euler's, and DDIM's, under a guidance scale of
     strength / (1 - s'/s): a `PerStep` for the levels that will be run, `sigmas` [n+1] or [n+1, b,
-    1, 1, 1]. With Euler it is the paper's; other solvers take its scale for theirs. `strength` is a
-    number or [b, 1, 1, 1], 0 to 1.
+    1, 1, 1]. With `eta`, s' is where DDIM or Euler ancestral lands before it adds noise. Other
+    solvers take the same scale for their own steps. `strength` is a number or [b, 1, 1, 1], 0 to 1.
     """
     levels = jnp.asarray(sigmas, jnp.float32)
-    ratio = levels[1:] / jnp.where(levels[:-1] > 0, levels[:-1], 1)
+    above = jnp.where(levels[:-1] > 0, levels[:-1], 1)
+    down = jax.vmap(lambda sigma, lower: ancestral(sigma, lower, eta)[0])(above, levels[1:])
+    ratio = down / above
     left = jnp.where(ratio < 1, 1 - ratio, 1)  # padding goes nowhere
     return cfg(denoise, PerStep(levels, jnp.asarray(strength) / left), plain)
 

@@ -25,7 +25,7 @@ def draw(
 
     `shape` is one image's (h, w, c). The first draw is the start; where a sampler draws at every
     step, diffusers and k-diffusion take the following ones from the same generator, in order
-    (`noise.Tape(drawn[1:])`).
+    (`noise.Tape(drawn[1:])`). A pipeline in float16 rounds every draw to that.
     """
     if name not in NAMES:
         raise InputError(f"noise must be one of {', '.join(NAMES)}, got {name!r:.60}")

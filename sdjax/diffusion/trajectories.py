@@ -34,8 +34,8 @@ def trajectory(
     """What `sampling.sample` does, as arrays: `trajectory(...).x[-1]` is its result.
 
     No callbacks and no evaluations more than `sample` makes: the estimate is taken where the
-    sampler asks for it first in its step. An image that is finished repeats its last entries. Not
-    jitted: callers jit, with `every` static.
+    sampler asks for it first in its step, and is 0 where one asks only under a condition. An image
+    that is finished repeats its last entries. Not jitted: callers jit, with `every` static.
     """
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise InputError(f"every must be a whole number of at least 1, got {every!r:.60}")
