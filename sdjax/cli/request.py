@@ -17,7 +17,23 @@ from sdjax.errors import InputError
 from sdjax.text import read_prompts, valid
 
 # As in diffusion.profiles, which a test holds them against: asking should not wait for jax.
-SAMPLERS = ("euler", "euler_ancestral", "heun", "ddim", "ddpm", "dpmpp_2m")
+SAMPLERS = (
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "ddim",
+    "ddpm",
+    "dpmpp_2m",
+    "dpm_2",
+    "dpm_2_ancestral",
+    "lms",
+    "dpm_fast",
+    "dpm_adaptive",
+    "dpmpp_2s_ancestral",
+    "dpmpp_sde",
+    "dpmpp_2m_sde",
+    "dpmpp_3m_sde",
+)
 SPACINGS = (
     "karras",
     "exponential",

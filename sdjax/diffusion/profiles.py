@@ -7,7 +7,23 @@ import numpy as np
 
 from sdjax.diffusion import spacings
 from sdjax.diffusion.plan import Plan
-from sdjax.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, EulerAncestral, Heun
+from sdjax.diffusion.samplers import (
+    DDIM,
+    DDPM,
+    DPM2,
+    LMS,
+    DPM2Ancestral,
+    DPMAdaptive,
+    DPMFast,
+    DPMSolverPP2M,
+    DPMSolverPP2MSDE,
+    DPMSolverPP2SAncestral,
+    DPMSolverPP3MSDE,
+    DPMSolverPPSDE,
+    Euler,
+    EulerAncestral,
+    Heun,
+)
 from sdjax.diffusion.schedules import Schedule, alphas_cumprod, read, spread
 from sdjax.errors import InputError
 from sdjax.types import Sampler
@@ -19,6 +35,15 @@ SAMPLERS = {
     "ddim": DDIM,
     "ddpm": DDPM,
     "dpmpp_2m": DPMSolverPP2M,
+    "dpm_2": DPM2,
+    "dpm_2_ancestral": DPM2Ancestral,
+    "lms": LMS,
+    "dpm_fast": DPMFast,
+    "dpm_adaptive": DPMAdaptive,
+    "dpmpp_2s_ancestral": DPMSolverPP2SAncestral,
+    "dpmpp_sde": DPMSolverPPSDE,
+    "dpmpp_2m_sde": DPMSolverPP2MSDE,
+    "dpmpp_3m_sde": DPMSolverPP3MSDE,
 }
 """Names for a command line; in code, pass the class's instance."""
 
