@@ -15,10 +15,12 @@ class DDPM:
 
     Ho et al. (2006.11239), algorithm 2: the posterior's mean x0 + (s'/s)^2 (x - x0) and its
     variance s'^2 (s^2 - s'^2) / s^2 ("fixed_small"), or the forward step's beta, (s^2 - s'^2)(1 +
-    s'^2) / (1 + s^2) in sigma space ("fixed_large"). No noise is added where the step ends at 0.
+    s'^2) / (1 + s^2) in sigma space ("fixed_large"). No noise is added where the step ends at 0,
+    unless `noisy_end`: diffusers' fixed_large leaves it out at timestep 0 alone.
     """
 
     variance: str = static(default="fixed_small")
+    noisy_end: bool = static(default=False)
 
     def __post_init__(self) -> None:
         if self.variance not in VARIANCES:
@@ -42,5 +44,7 @@ class DDPM:
             std = at.sigma_next * root(1 - ratio**2)
         else:
             grown = (1 + at.sigma_next**2) / (1 + at.sigma**2)
-            std = jnp.where(at.sigma_next > 0, at.sigma * root(1 - ratio**2) * jnp.sqrt(grown), 0.0)
+            std = at.sigma * root(1 - ratio**2) * jnp.sqrt(grown)
+            if not self.noisy_end:
+                std = jnp.where(at.sigma_next > 0, std, 0.0)
         return x0 + ratio**2 * (x - x0) + std * noise(at.sigma, at.sigma_next), state

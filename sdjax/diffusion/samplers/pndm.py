@@ -1,0 +1,167 @@
+"""PNDM and PLMS: Adams-Bashforth in the noise estimate, with either of two starts."""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from sdjax.diffusion.samplers.exponential import History, Number, blank, push
+from sdjax.diffusion.sampling import pick
+from sdjax.errors import InputError
+from sdjax.types import Denoiser, Index, Latents, Sigma, State, Step, StepNoise, pytree, static
+
+ADAMS = (
+    (1.0,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
+"""Adams-Bashforth for even steps, the latest first: Liu et al. (2202.09778), eq. 12."""
+
+
+@pytree
+class PNDM:
+    """Pseudo numerical methods for diffusion models. Order 4 in steps of even size, one evaluation
+    a step after the start.
+
+    Liu et al. (2202.09778), algorithm 2. Its transfer (eq. 9 and 11) is Euler's step in sigma; the
+    slope is an even-step Adams-Bashforth sum of the last four noise estimates, so that on uneven
+    steps the order is 1. The start is either PLMS's (the default; CompVis's, and Stable Diffusion's
+    own: the first step is taken again with the mean of its end's estimates, two evaluations) or,
+    with `runge_kutta`, three steps of the classical fourth-order method (four evaluations each).
+
+    Quirks of diffusers, for its profile. `prediction` "v_prediction" sums the network's outputs and
+    turns the sum into noise, instead of summing noises. `landings` are as in `DDIM`. `departure` is
+    the level that the second go at PLMS's first step leaves from, `halves` [2, n] the levels that a
+    Runge-Kutta step's middle is moved to, and is taken to be at; None is right.
+    """
+
+    runge_kutta: bool = static(default=False)
+    prediction: str = static(default="epsilon")
+    landings: ArrayLike | None = None
+    departure: ArrayLike | None = None
+    halves: tuple[ArrayLike, ArrayLike] | None = None
+
+    planned: ClassVar[tuple[str, ...]] = ("landings", "departure", "halves")
+
+    def __post_init__(self) -> None:
+        if self.prediction not in ("epsilon", "v_prediction"):
+            raise InputError(
+                f"prediction must be one of epsilon, v_prediction, got {self.prediction!r}"
+            )
+
+    @property
+    def stochastic(self) -> bool:
+        return False
+
+    def init(self, x: Latents) -> State:
+        return blank(x, 3)
+
+    def step(
+        self, denoise: Denoiser, x: Latents, at: Step, state: History, noise: StepNoise
+    ) -> tuple[Latents, State]:
+        value = self._value(denoise, x, at.sigma)
+        landing = at.sigma_next
+        if self.landings is not None:
+            landing = pick(jnp.asarray(self.landings, x.dtype), at.index)
+        slope = self._slope(adams_bashforth(value, state, at.index), x, at.sigma)
+        new = unscaled(x + (landing - at.sigma) * slope, landing, at.sigma_next)
+        start = at.index < 3 if self.runge_kutta else (at.index == 0) & (at.left > 1)
+        start = start & (at.sigma_next > 0)
+        again = self._runge_kutta if self.runge_kutta else self._again
+
+        def repeat(new: Latents) -> Latents:
+            return jnp.where(start, again(denoise, x, new, at, value), new).astype(x.dtype)
+
+        new = jax.lax.cond(jnp.any(start), repeat, lambda new: new, new.astype(x.dtype))
+        return new, push(state, value, at.sigma)
+
+    def _again(
+        self, denoise: Denoiser, x: Latents, new: Latents, at: Step, value: Latents
+    ) -> Latents:
+        """PLMS's first step with the mean of both ends."""
+        safe = jnp.where(at.sigma_next > 0, at.sigma_next, at.sigma)
+        mean = (value + self._value(denoise, new, safe)) / 2
+        left = at.sigma
+        if self.departure is not None:
+            left = jnp.asarray(self.departure, x.dtype)
+        x = unscaled(x, at.sigma, left)
+        return x + (at.sigma_next - left) * self._slope(mean, x, left)
+
+    def _runge_kutta(
+        self, denoise: Denoiser, x: Latents, new: Latents, at: Step, value: Latents
+    ) -> Latents:
+        safe = jnp.where(at.sigma_next > 0, at.sigma_next, at.sigma)
+        aim = middle = (at.sigma + safe) / 2
+        if self.halves is not None:
+            aim, middle = (pick(jnp.asarray(half, x.dtype), at.index) for half in self.halves)
+
+        def move(value: Latents, to: Sigma) -> Latents:
+            return x + (to - at.sigma) * self._slope(value, x, at.sigma)
+
+        second = self._value(denoise, unscaled(move(value, aim), aim, middle), middle)
+        third = self._value(denoise, move(second, middle), middle)
+        fourth = self._value(denoise, move(third, safe), safe)
+        return move((value + 2 * second + 2 * third + fourth) / 6, at.sigma_next)
+
+    def _value(self, denoise: Denoiser, x: Latents, sigma: Sigma) -> Latents:
+        """What is summed: noise, or v."""
+        x0 = denoise(x, sigma)
+        eps = (x - x0) / sigma
+        return eps if self.prediction == "epsilon" else (eps - sigma * x0) / jnp.sqrt(1 + sigma**2)
+
+    def _slope(self, value: Latents, x: Latents, sigma: Sigma) -> Latents:
+        if self.prediction == "epsilon":
+            return value
+        scale = jnp.sqrt(1 + sigma**2)
+        return (value + sigma / scale * x) / scale
+
+
+@pytree
+class IPNDM:
+    """PNDM without a start: the first steps have lower orders. One evaluation a step; order 4 in
+    steps of even size, 1 otherwise.
+
+    Zhang and Chen (2204.13902), section 3.3 (iPNDM): the same Adams-Bashforth sums. `blind_start`
+    keeps a quirk of diffusers, whose first level has no signal at all: there the network's estimate
+    is divided away, and the first step goes to noise alone.
+    """
+
+    blind_start: bool = static(default=False)
+
+    @property
+    def stochastic(self) -> bool:
+        return False
+
+    def init(self, x: Latents) -> State:
+        return blank(x, 3)
+
+    def step(
+        self, denoise: Denoiser, x: Latents, at: Step, state: History, noise: StepNoise
+    ) -> tuple[Latents, State]:
+        x0 = denoise(x, at.sigma)
+        eps = (x - x0) / at.sigma
+        if self.blind_start:
+            x0 = jnp.where(at.index == 0, 0.0, x0)
+        slope = adams_bashforth(eps, state, at.index)
+        # From x0, for levels so high that x holds no digits of it.
+        x = x0 + at.sigma_next * eps + (at.sigma_next - at.sigma) * (slope - eps)
+        return x, push(state, eps, at.sigma)
+
+
+def adams_bashforth(value: Latents, state: History, index: Index) -> Latents:
+    """The even-step sum of `value` and up to three before it."""
+    order = jnp.minimum(index, 3)
+    total = jnp.zeros_like(value)
+    for k, known in enumerate((value, *state.values)):
+        weight: Number = jnp.zeros(())
+        for p in range(k, 4):
+            weight = weight + jnp.where(order == p, ADAMS[p][k], 0.0)
+        total = total + weight * known
+    return total
+
+
+def unscaled(x: Latents, sigma: Sigma, to: Sigma) -> Latents:
+    """The same variance-preserving latents x / sqrt(1 + sigma^2), read as if at level `to`."""
+    return x * jnp.sqrt((1 + to**2) / (1 + sigma**2))
