@@ -166,6 +166,20 @@ def test_composed_prompts_add_up():
     np.testing.assert_allclose(each[0], SIDES[0][0], rtol=1e-6)
 
 
+def test_scales_may_be_mapped_over():
+    """One program for many guidance scales."""
+    sigmas = np.array([4.0, 1.0, 0.0], np.float32)
+
+    def run(scale):
+        return sampling.sample(Euler(), guidance.cfg(saying(0, 1), scale), NOISY, sigmas)
+
+    many = quick(jax.vmap(run))(jnp.float32([1, 7.5]))
+    for scale, x in zip((1, 7.5), many, strict=True):
+        np.testing.assert_allclose(
+            x, SIDES[0] + scale * (SIDES[1] - SIDES[0]), rtol=1e-4, atol=1e-5
+        )
+
+
 def test_autoguidance_goes_away_from_the_worse_model():
     got = guidance.autoguidance(saying(1), saying(0), 2.5)(NOISY, SIGMA)
     np.testing.assert_allclose(got, 2.5 * SIDES[1] - 1.5 * SIDES[0], rtol=1e-5, atol=1e-5)
