@@ -1,0 +1,56 @@
+"""What the tests of samplers share: a start, noise, an exact denoiser; runs compiled and plain.
+
+Compiled runs take most of the time here, so that there is one program a kind of sampler: float64, a
+batch of three, schedules of up to LONG steps.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from peers import QUICK
+
+from sdjax.diffusion import noise, sampling, spacings
+from sdjax.diffusion.analytic import GaussianMixture
+
+SHAPE = (3, 2, 2, 1)
+N, LONG = 6, 96
+DRAWS = np.random.default_rng(0).standard_normal((LONG, 2, *SHAPE)).astype(np.float32)
+START = np.random.default_rng(1).standard_normal(SHAPE).astype(np.float32)
+SIGMAS = spacings.karras(N, 0.1, 10.0)
+# The mixture of k_diffusion.Mixture.
+MIXTURE = GaussianMixture(
+    np.array([0.4, 0.6]), np.array([-1.0, 1.5]).reshape(2, 1, 1, 1), np.array([0.5, 0.8])
+)
+
+
+@functools.partial(jax.jit, compiler_options=QUICK)
+def _run(sampler, x, sigmas, draws):
+    return sampling.sample(sampler, MIXTURE, x, sigmas, noise.Tape(draws))
+
+
+def _float64(leaf):
+    return np.asarray(leaf, np.float64)
+
+
+def compiled(sampler, x, rows, draws=DRAWS):
+    """Where a batch of three ends, one schedule an image, in float64."""
+    with jax.enable_x64(True):
+        arrays = map(_float64, (x, spacings.pad(rows, LONG + 1), draws))
+        return np.asarray(_run(jax.tree.map(_float64, sampler), *arrays))
+
+
+def plain(sampler, x, sigmas, draws=DRAWS, denoise=None, double=False):
+    """The carry after every step of a loop in which nothing is compiled."""
+    kind = np.float64 if double else np.float32
+    if denoise is None:
+        denoise = jax.tree.map(kind, MIXTURE)
+    with jax.disable_jit(), jax.enable_x64(double):
+        sigmas, carries = np.asarray(sigmas, kind), []
+        carry = sampling.begin(sampler, jnp.asarray(x, kind))
+        for i in range(len(sigmas) - 1):
+            tape = noise.Tape(np.asarray(draws, kind))
+            carry = sampling.scan(sampler, denoise, carry, sigmas, tape, i, 1)
+            carries.append(carry)
+    return carries
