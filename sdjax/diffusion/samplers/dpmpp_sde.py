@@ -24,7 +24,9 @@ class DPMSolverPPSDE:
 
     k-diffusion's `sample_dpmpp_sde`: Lu et al. (2211.01095), algorithm 1, with noise. The middle
     stands a part `r` of the step down in log sigma; the noise on the way there is the path's from
-    sigma to the middle (draw 0), the step's own the path's from sigma to sigma_next (draw 1).
+    sigma to the middle (draw 0), the step's own the path's from sigma to sigma_next (draw 1). Both
+    belong to one `BrownianTree`: where they are independent, as white noise is, a Gaussian's
+    variance comes out 10 % short after 60 steps.
     """
 
     eta: ArrayLike = 1.0
