@@ -38,6 +38,14 @@ _SAMPLERS = {
     "dpmpp_2m_sde": "DPM++ 2M SDE",
     "dpmpp_3m_sde": "DPM++ 3M SDE",
 }
+_SPACINGS = {
+    "align_your_steps": "Align Your Steps",
+    "align_your_steps_sdxl": "Align Your Steps",
+    "beta_sigmas": "Beta",
+    "ddim_uniform": "DDIM",
+    "kl_optimal": "KL Optimal",
+    "sgm_uniform": "SGM Uniform",
+}
 
 
 def read(path: str | Path) -> UInt8[np.ndarray, "h w 3"]:
@@ -106,10 +114,11 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 def parameters(settings: Mapping[str, Any]) -> str:
     """The settings as one text in the form of AUTOMATIC1111's web interface, which others read."""
     sampler = settings.get("sampler") or settings.get("sampler_name")
+    spacing = str(settings.get("spacing") or "")
     fields = {
         "Steps": settings.get("steps"),
         "Sampler": _SAMPLERS.get(sampler or "", sampler),
-        "Schedule type": (settings.get("spacing") or "").capitalize() or None,
+        "Schedule type": _SPACINGS.get(spacing, spacing.capitalize()) or None,
         "CFG scale": settings.get("guidance_scale"),
         "Seed": settings.get("seed"),
         "RNG": {"torch-cpu": "CPU", "torch-cuda": "NV"}.get(settings.get("noise") or ""),

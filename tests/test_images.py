@@ -51,6 +51,11 @@ def test_the_parameters_line_is_what_other_programs_read(tmp_path):
     )
 
 
+def test_the_parameters_line_knows_the_other_programs_names():
+    line = images.parameters(SETTINGS | {"spacing": "sgm_uniform", "noise": "torch-cuda"})
+    assert "Schedule type: SGM Uniform, " in line and ", RNG: NV, " in line
+
+
 @pytest.mark.parametrize("prompt", ["a\0b", "lone \ud83d", "", "\N{CAT}" * 5000])
 def test_any_prompt_survives_the_file(tmp_path, prompt):
     path = images.save(tmp_path, "a", picture(), SETTINGS | {"prompt": prompt})
