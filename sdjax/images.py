@@ -37,6 +37,9 @@ _SAMPLERS = {
     "dpmpp_sde": "DPM++ SDE",
     "dpmpp_2m_sde": "DPM++ 2M SDE",
     "dpmpp_3m_sde": "DPM++ 3M SDE",
+    "unipc": "UniPC",
+    "plms": "PLMS",
+    "lcm": "LCM",
 }
 _SPACINGS = {
     "align_your_steps": "Align Your Steps",

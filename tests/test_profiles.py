@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from peers import QUICK
+from scheduler_peers import FAST
 
 from sdjax.diffusion import guidance, noise, profiles, sampling
 from sdjax.diffusion.plan import batch
-from sdjax.diffusion.samplers import DDIM, DPMSolverPP2M, EulerAncestral
+from sdjax.diffusion.samplers import DDIM, PNDM, EulerAncestral
 from sdjax.diffusion.schedules import Schedule, planned_timestep, to_x0
 from sdjax.errors import InputError
 from sdjax.types import leaves32
@@ -145,7 +145,7 @@ def _denoise(schedule, sigmas, timesteps, x, sigma):
     return to_x0(schedule, network(x / jnp.sqrt(1 + sigma**2), t), x, sigma)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST)
 def _run(schedule, sampler, sigmas, timesteps, clip, x, draws):
     denoise = functools.partial(_denoise, schedule, sigmas, timesteps)
     if clip is not None:
@@ -226,19 +226,19 @@ def _compare(name, config, steps):
     assert plan.note is None
 
 
-def test_stand_ins_say_so():
+def test_stable_diffusions_own_config_is_plms():
     config = {**SD, "skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}
     plan = profiles.diffusers({"_class_name": "PNDMScheduler", **config}, 10)
     ddim = profiles.diffusers({"_class_name": "DDIMScheduler", "clip_sample": False, **config}, 10)
-    assert plan.sampler == ddim.sampler == DDIM()
-    assert plan.note == "PNDMScheduler is not written yet, DDIM is used"
+    assert plan.sampler == PNDM() and ddim.sampler == DDIM()
+    assert plan.note is None
     np.testing.assert_array_equal(plan.sigmas, ddim.sigmas)
     assert plan.sigmas[-1] > 0 and plan.final_scale < 1
-    dpm = {"_class_name": "DPMSolverMultistepScheduler", **SD}
-    sde = profiles.diffusers({**dpm, "algorithm_type": "sde-dpmsolver++", "solver_order": 3}, 10)
-    assert sde.note and "sde-dpmsolver++" in sde.note and "solver_order 3" in sde.note
-    unipc = profiles.diffusers({"_class_name": "UniPCMultistepScheduler", **SD}, 10)
-    assert isinstance(unipc.sampler, DPMSolverPP2M) and "UniPC" in unipc.note
+
+
+def test_what_is_left_out_is_said():
+    plan = profiles.diffusers({**_config("dpm"), "thresholding": True}, 10)
+    assert plan.note == "dynamic thresholding is not written yet and left out"
 
 
 @pytest.mark.parametrize(

@@ -54,17 +54,6 @@ def torch_pictures(pipeline, latents):
     return (np.clip(pixels / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8)
 
 
-def ddim(pipeline):
-    """The peer's PNDM replaced as `sdjax` replaces it."""
-    import diffusers
-
-    if isinstance(pipeline.scheduler, diffusers.PNDMScheduler):
-        pipeline.scheduler = diffusers.DDIMScheduler.from_config(
-            pipeline.scheduler.config, clip_sample=False
-        )
-    return pipeline
-
-
 @pytest.mark.parametrize("family", ["sd1", "sd2-base", "sd2", "sdxl"])
 def test_ten_guided_steps_equal_diffusers(tiny, family):
     """Each image has a negative prompt of its own; SDXL's absent one is zeros, not empty text."""
@@ -78,7 +67,7 @@ def test_ten_guided_steps_equal_diffusers(tiny, family):
     )
     theirs = np.concatenate(
         [
-            torch_latents(ddim(pipeline), prompt, negative, noise[i : i + 1])
+            torch_latents(pipeline, prompt, negative, noise[i : i + 1])
             for i, (prompt, negative) in enumerate(zip(PROMPTS, negatives, strict=True))
         ]
     )
@@ -102,7 +91,7 @@ def test_inpainting_weights_fill_a_wholly_masked_grey_picture(tiny):
     encoded = vae.encode  # the pipeline draws from the posterior; the mean is what is compared
     vae.encode = lambda x: _Mode(encoded(x))
     with torch.no_grad():
-        theirs = ddim(pipeline)(
+        theirs = pipeline(
             PROMPTS[0],
             image=torch.zeros(1, 3, 64, 64),
             mask_image=Image.new("L", (64, 64), 255),
@@ -371,7 +360,7 @@ def test_clip_skip_is_the_prompts_alone_as_in_diffusers(small):
         skipped = encoder(ids[0], output_hidden_states=True).hidden_states[-2]
         embedded = encoder.final_layer_norm(skipped), encoder(ids[1]).last_hidden_state
     theirs = torch_latents(
-        ddim(pipeline),
+        pipeline,
         None,
         None,
         noise,

@@ -1,6 +1,7 @@
 """`Plan`: one way to spend n evaluations, for one image or one an image."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,7 +9,6 @@ import jax
 import numpy as np
 
 from sdjax.diffusion import spacings
-from sdjax.diffusion.samplers import DDIM
 from sdjax.errors import InputError
 from sdjax.types import Sampler
 
@@ -34,15 +34,14 @@ def batch(plans: Sequence[Plan]) -> Plan:
     """
     n = max(len(plan.timesteps) for plan in plans)
     samplers: list[Any] = [plan.sampler for plan in plans]
-    landings = None
-    if any(isinstance(s, DDIM) and s.landings is not None for s in samplers):
-        landings = spacings.pad([_landings(plan) for plan in plans], n)
-        samplers = [dataclasses.replace(s, landings=None) for s in samplers]
+    if any(getattr(s, "landings", None) is not None for s in samplers):
+        samplers = [
+            dataclasses.replace(s, landings=_landings(plan)) if hasattr(s, "landings") else s
+            for s, plan in zip(samplers, plans, strict=True)
+        ]
     if len({jax.tree.structure(s) for s in samplers}) != 1:
         raise InputError("plans of one batch must have one kind of sampler")
-    sampler = jax.tree.map(_join, *samplers)
-    if landings is not None:
-        sampler = dataclasses.replace(sampler, landings=landings)
+    sampler = jax.tree.map(functools.partial(_join, n), *samplers)
 
     notes = dict.fromkeys(plan.note for plan in plans if plan.note)
     return Plan(
@@ -57,13 +56,17 @@ def batch(plans: Sequence[Plan]) -> Plan:
 
 
 def _landings(plan: Plan) -> np.ndarray:
-    """Where a DDIM plan's steps land: at the next evaluation, unless it says otherwise."""
+    """Where a plan's steps land: at the next evaluation, unless it says otherwise."""
     given = getattr(plan.sampler, "landings", None)
     return plan.sigmas[1:] if given is None else np.asarray(given)
 
 
-def _join(*leaves: Any) -> Any:
-    """One hyper-parameter of all samplers: as it is where they agree, else [b, 1, 1, 1]."""
+def _join(n: int, *leaves: Any) -> Any:
+    """One hyper-parameter of all samplers: as it is where they agree, else [b, 1, 1, 1]; one of
+    every step, padded to n as [n, b, 1, 1, 1].
+    """
+    if np.ndim(leaves[0]) == 1:
+        return spacings.pad(leaves, n)
     if all(np.array_equal(leaf, leaves[0]) for leaf in leaves):
         return leaves[0]
     return np.stack([np.asarray(leaf) for leaf in leaves]).reshape(-1, 1, 1, 1)

@@ -14,7 +14,7 @@ from sdjax.errors import InputError
 from sdjax.types import Latents, Sigma
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sqrt")
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
+PREDICTIONS = ("epsilon", "v_prediction", "sample", "edm")
 ZERO_SNR_FLOOR = 2.0**-24
 """diffusers' Euler puts the last alpha-bar here (float16's smallest subnormal): sigma = 4096."""
 
@@ -123,7 +123,7 @@ class Schedule:
             beta_start=_number("beta_start", config.get("beta_start", start)),
             beta_end=_number("beta_end", config.get("beta_end", end)),
             timesteps=len(betas) if betas is not None else steps,
-            prediction=read(config, "prediction_type", str, "epsilon"),
+            prediction=_prediction(config),
             zero_snr=read(config, "rescale_betas_zero_snr", bool, False),
             trained_betas=betas,
         )
@@ -145,15 +145,17 @@ def to_x0(schedule: Schedule, out: Latents, x: Latents, sigma: Sigma) -> Latents
     """x0 from what the network said about x / sqrt(1 + sigma^2).
 
     epsilon: x - sigma out. v (Salimans and Ho, 2202.00512): x / (1 + sigma^2) - sigma / sqrt(1 +
-    sigma^2) out.
+    sigma^2) out. edm: the same with the other sign, Karras et al.'s preconditioning (2206.00364,
+    table 1) of data of variance 1.
     """
     if schedule.prediction == "epsilon":
         return x - sigma * out
-    if schedule.prediction == "v_prediction":
-        # Divided twice by the root: zero-SNR sigmas are large.
-        scale = jnp.sqrt(1 + sigma**2)
-        return x / scale / scale - sigma / scale * out
-    return out
+    if schedule.prediction == "sample":
+        return out
+    # Divided twice by the root: zero-SNR sigmas are large.
+    scale = jnp.sqrt(1 + sigma**2)
+    sign = 1 if schedule.prediction == "edm" else -1
+    return x / scale / scale + sign * (sigma / scale) * out
 
 
 def planned_timestep(
@@ -263,6 +265,24 @@ def read(
     if choices and value not in choices:
         raise InputError(f"{key} must be one of {', '.join(choices)}, got {value!r:.60}")
     return value
+
+
+def _prediction(config: Mapping[str, Any]) -> str:
+    """What the network predicts, where a class fixes it or calls it by another name."""
+    name = config.get("_class_name")
+    if name == "IPNDMScheduler":
+        return "v_prediction"
+    if name == "CMStochasticIterativeScheduler":
+        return "edm"
+    said: str = read(config, "prediction_type", str, "epsilon")
+    if name in ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"):
+        known = {"epsilon": "edm", "edm": "edm", "v_prediction": "v_prediction"}
+        if said not in known:
+            raise InputError(
+                f"prediction_type must be epsilon or v_prediction for {name}, got {said!r:.60}"
+            )
+        return known[said]
+    return said
 
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}

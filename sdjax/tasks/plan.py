@@ -8,7 +8,25 @@ import numpy as np
 
 from sdjax.diffusion import profiles
 from sdjax.diffusion.plan import Plan
-from sdjax.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, EulerAncestral, Heun
+from sdjax.diffusion.samplers import (
+    DDIM,
+    DDPM,
+    DEIS,
+    DPM2,
+    LCM,
+    LMS,
+    PNDM,
+    TCD,
+    DPM2Ancestral,
+    DPMSolver,
+    DPMSolverPP2M,
+    DPMSolverSingle,
+    Euler,
+    EulerAncestral,
+    Heun,
+    SASolver,
+    UniPC,
+)
 from sdjax.errors import InputError
 from sdjax.model import Model
 from sdjax.types import Sampler
@@ -20,7 +38,20 @@ _PROFILES: dict[type, str] = {
     DDIM: "DDIMScheduler",
     DDPM: "DDPMScheduler",
     DPMSolverPP2M: "DPMSolverMultistepScheduler",
+    DPMSolver: "DPMSolverMultistepScheduler",
+    DPMSolverSingle: "DPMSolverSinglestepScheduler",
+    DEIS: "DEISMultistepScheduler",
+    UniPC: "UniPCMultistepScheduler",
+    SASolver: "SASolverScheduler",
+    PNDM: "PNDMScheduler",
+    LCM: "LCMScheduler",
+    TCD: "TCDScheduler",
+    LMS: "LMSDiscreteScheduler",
+    DPM2: "KDPM2DiscreteScheduler",
+    DPM2Ancestral: "KDPM2AncestralDiscreteScheduler",
 }
+_SOLVERS = ("algorithm_type", "solver_type", "solver_order", "disable_corrector", "solver_p")
+"""Keys that mean something else, or nothing, to another class."""
 
 
 def choose(
@@ -50,11 +81,15 @@ def choose(
     profile = _PROFILES.get(type(chosen), "EulerDiscreteScheduler")
     # Classes differ in what they take for granted; what the model was trained with stays, and a
     # latent model that does not ask for clipping means none.
-    own = {"clip_sample": False} | model.schedule.config() | model.scheduler.dict()
+    own: dict[str, Any] = {"clip_sample": False, "skip_prk_steps": True}
+    own |= model.schedule.config() | model.scheduler.dict()
+    if own.get("_class_name") != profile:
+        own = {key: value for key, value in own.items() if key not in _SOLVERS}
     plan = profiles.diffusers(own | {"_class_name": profile}, steps)
-    if isinstance(chosen, DDIM) and isinstance(plan.sampler, DDIM):
-        # Where its steps land belongs to the spacing.
-        chosen = dataclasses.replace(chosen, landings=plan.sampler.landings)
+    if type(chosen) is type(plan.sampler):
+        # Where its steps land, say, belongs to the spacing.
+        spaced = {k: getattr(plan.sampler, k) for k in getattr(chosen, "planned", ())}
+        chosen = dataclasses.replace(chosen, **spaced)  # type: ignore[type-var]
     return plan._replace(sampler=chosen)
 
 

@@ -22,6 +22,16 @@ SAMPLERS = (
     "dpmpp_sde",
     "dpmpp_2m_sde",
     "dpmpp_3m_sde",
+    "dpm_solver",
+    "dpm_solver_single",
+    "deis",
+    "unipc",
+    "sa_solver",
+    "plms",
+    "ipndm",
+    "lcm",
+    "tcd",
+    "consistency",
 )
 """As in diffusion.profiles, which a test holds them against: refusing should not wait for jax."""
 

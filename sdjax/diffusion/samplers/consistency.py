@@ -45,7 +45,7 @@ class LCM:
 @pytree
 class TCD:
     """Down to a level below the next, then fresh noise up to it. Order 1 at `gamma` 0, where it is
-    Euler; one evaluation a step, one draw.
+    Euler, else 0, as `LCM`; one evaluation a step, one draw.
 
     Zheng et al., trajectory consistency distillation (2402.19159), algorithm 4. `gamma` 1 goes to
     the estimate: `LCM`. The lower level is (1 - gamma) sigma_next, or `levels`, [n] or

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from sdjax.types import Index, Latents, Sigma
+from sdjax.types import Index, Latents, Sigma, Step
 
 Number = Float[Array, "..."]
 
@@ -44,7 +44,13 @@ def log_ratio(sigma: Sigma, sigma_next: Sigma) -> Number:
     return -jnp.log(jnp.where(ends, 0.5, sigma_next / sigma))
 
 
-def places(history: History, sigma: Sigma, h: Number, known: ArrayLike) -> list[Number]:
+def last_sigma(history: History, at: Step) -> Sigma:
+    """The level that the step before left from; harmless where there was none."""
+    before = history.sigmas[0]
+    return jnp.where((at.index > 0) & (before != at.sigma), before, 2 * at.sigma)
+
+
+def places(history: History, sigma: Sigma, h: Number, known: Index) -> list[Number]:
     """Where the steps before stood, in step lengths `h` from `sigma`: -1 is one step back.
 
     `known` counts those that have been; the others stand where they harm no arithmetic.
@@ -58,25 +64,32 @@ def places(history: History, sigma: Sigma, h: Number, known: ArrayLike) -> list[
 
 
 def phi(order: int, z: Number) -> Number:
-    """The integral of e^((1 - t) z) t^(k-1) / (k-1)! over 0 .. 1: (e^z - 1) / z for k = 1.
+    """The integral of e^((1 - t) z) t^(k-1) / (k-1)! over 0 .. 1: (e^z - 1) / z for k = 1."""
+    return phis(order, z)[-1]
 
-    By its series near 0, where the recursion phi_{k+1} = (phi_k - 1 / k!) / z cancels.
+
+def phis(count: int, z: Number) -> list[Number]:
+    """`phi` of orders 1 .. count.
+
+    The recursion phi_{k+1} = (phi_k - 1 / k!) / z cancels near 0: there the last is its series, and
+    the others come down from it.
     """
-    near = jnp.abs(z) < 2
-    small = jnp.where(near, z, 0.0)
-    series = jnp.zeros_like(small)
-    for j in reversed(range(18)):
-        series = series * small + 1 / math.factorial(j + order)
-    large = jnp.where(near, 2.0, z)
-    value = jnp.expm1(large) / large
-    for j in range(1, order):
-        value = (value - 1 / math.factorial(j)) / large
-    return jnp.where(near, series, value)
+    near = jnp.abs(z) < 1
+    small, large = jnp.where(near, z, 0.0), jnp.where(near, 1.0, z)
+    down = jnp.zeros_like(small)
+    for j in reversed(range(13)):
+        down = down * small + 1 / math.factorial(j + count)
+    up = jnp.expm1(large) / large
+    below, above = [down], [up]
+    for k in range(1, count):
+        above.append((above[-1] - 1 / math.factorial(k)) / large)
+        below.insert(0, below[0] * small + 1 / math.factorial(count - k))
+    return [jnp.where(near, b, a) for a, b in zip(above, below, strict=True)]
 
 
 def moments(z: Number, count: int) -> list[Number]:
     """Integrals of e^((1 - t) z) t^j over 0 .. 1, for j below `count`."""
-    return [math.factorial(j) * phi(j + 1, z) for j in range(count)]
+    return [math.factorial(j) * value for j, value in enumerate(phis(count, z))]
 
 
 def shares(nodes: Sequence[Number], moments: Sequence[Number]) -> list[Number]:

@@ -26,10 +26,11 @@ class PNDM:
     a step after the start.
 
     Liu et al. (2202.09778), algorithm 2. Its transfer (eq. 9 and 11) is Euler's step in sigma; the
-    slope is an even-step Adams-Bashforth sum of the last four noise estimates, so that on uneven
-    steps the order is 1. The start is either PLMS's (the default; CompVis's, and Stable Diffusion's
-    own: the first step is taken again with the mean of its end's estimates, two evaluations) or,
-    with `runge_kutta`, three steps of the classical fourth-order method (four evaluations each).
+    slope is an even-step Adams-Bashforth sum of the last four noise estimates, so that where steps
+    grow or shrink the order is 2 at best. The start is either PLMS's (the default; CompVis's, and
+    Stable Diffusion's own: the first step is taken again with the mean of both ends' estimates, two
+    evaluations) or, with `runge_kutta`, three steps of the classical fourth-order method (four
+    evaluations each).
 
     Quirks of diffusers, for its profile. `prediction` "v_prediction" sums the network's outputs and
     turns the sum into noise, instead of summing noises. `landings` are as in `DDIM`. `departure` is
@@ -120,8 +121,8 @@ class PNDM:
 
 @pytree
 class IPNDM:
-    """PNDM without a start: the first steps have lower orders. One evaluation a step; order 4 in
-    steps of even size, 1 otherwise.
+    """PNDM without a start: the first steps have lower orders. One evaluation a step; order 4 but
+    for the start in steps of even size, 2 where they grow or shrink smoothly.
 
     Zhang and Chen (2204.13902), section 3.3 (iPNDM): the same Adams-Bashforth sums. `blind_start`
     keeps a quirk of diffusers, whose first level has no signal at all: there the network's estimate

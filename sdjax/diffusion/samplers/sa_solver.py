@@ -11,6 +11,7 @@ from sdjax.diffusion.samplers.exponential import (
     Number,
     blank,
     choose,
+    last_sigma,
     limited,
     log_ratio,
     moments,
@@ -99,7 +100,7 @@ class SASolver:
 
     def _correct(self, at: Step, state: Memory, value: Latents) -> Latents:
         history = state.history
-        sigma = jnp.where(at.index > 0, history.sigmas[0], 2 * at.sigma)
+        sigma = last_sigma(history, at)
         h = log_ratio(sigma, at.sigma)
         order = jnp.minimum(self.corrector_order, jnp.maximum(at.index + 1, 1))
         if self.lower_order_final:

@@ -10,6 +10,7 @@ from sdjax.diffusion.samplers.exponential import (
     Number,
     blank,
     choose,
+    last_sigma,
     limited,
     log_ratio,
     moments,
@@ -92,8 +93,8 @@ class UniPC:
 
     def _correct(self, at: Step, state: Memory, value: Latents) -> Latents:
         """The step that led here, once more, with the estimate that it led to."""
-        history, there = state.history, at.index > 0
-        sigma = jnp.where(there, history.sigmas[0], 2 * at.sigma)
+        history = state.history
+        sigma = last_sigma(history, at)
         h = log_ratio(sigma, at.sigma)
         before = at._replace(index=at.index - 1, left=at.left + 1)
         order = self._order(before, jnp.maximum(limited(self.order, before.index), 1))
