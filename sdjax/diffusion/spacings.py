@@ -153,7 +153,7 @@ def beta_sigmas(
 def beta(n: int, timesteps: int = 1000, alpha: float = 0.6, beta: float = 0.6) -> Levels:
     """Timesteps [n] at even quantiles of a beta distribution: Lee et al. (2407.12173), ComfyUI's.
 
-    Fewer than n where several round to one timestep: from about 300 steps on.
+    Fewer than n where several round to one timestep: of 1000, from 139 steps on.
     """
     _check(n)
     quantiles = _beta_quantile(1 - np.linspace(0, 1, n, endpoint=False), alpha, beta)
@@ -205,7 +205,7 @@ def quad(n: int, timesteps: int = 1000) -> Levels:
     """Timesteps even in their square root up to 0.8 of all, plus 1, falling: Song et al.
     (2010.02502), appendix D.2, CompVis's quad.
 
-    Fewer than n where several round to one timestep: from about 40 steps on.
+    Fewer than n where several round to one timestep: of 1000, from 30 steps on.
     """
     _check(n)
     t = (np.linspace(0, np.sqrt(timesteps * 0.8), n) ** 2).astype(int) + 1.0
