@@ -17,19 +17,29 @@ from sdjax.diffusion.analytic import Gaussian
 from sdjax.diffusion.samplers import (
     DDIM,
     DDPM,
+    DEIS,
     DPM2,
+    IPNDM,
+    LCM,
     LMS,
+    PNDM,
+    TCD,
+    ConsistencyModel,
     DPM2Ancestral,
     DPMAdaptive,
     DPMFast,
+    DPMSolver,
     DPMSolverPP2M,
     DPMSolverPP2MSDE,
     DPMSolverPP2SAncestral,
     DPMSolverPP3MSDE,
     DPMSolverPPSDE,
+    DPMSolverSingle,
     Euler,
     EulerAncestral,
     Heun,
+    SASolver,
+    UniPC,
 )
 from sdjax.types import leaves32
 
@@ -68,6 +78,19 @@ CASES = {
     "dpmpp_2m": Case(DPMSolverPP2M(), SECOND),
     "dpmpp_2m_sde": Case(DPMSolverPP2MSDE(), SECOND, chains=60),
     "dpmpp_3m_sde": Case(DPMSolverPP3MSDE(), chains=60),
+    "dpm_solver": Case(DPMSolver(3), (2.7, 3.5)),
+    "dpm_solver-sde": Case(DPMSolver(2, "sde-dpmsolver++", "heun"), chains=60),
+    "dpm_solver_single": Case(DPMSolverSingle(3), (2.7, 3.3)),
+    "deis": Case(DEIS(4), (3.7, 4.5)),
+    "unipc": Case(UniPC(lower_order_final=False), (2.7, 3.3)),
+    "unipc-low": Case(UniPC(3, "bh1", False), ahead=True),
+    "sa_solver": Case(SASolver(3, 3, lower_order_final=False), chains=60),
+    "plms": Case(PNDM(), (1.85, 2.3)),
+    "pndm": Case(PNDM(runge_kutta=True), (1.85, 2.3)),
+    "ipndm": Case(IPNDM(), (1.85, 2.3)),
+    "lcm": Case(LCM()),
+    "tcd": Case(TCD(0.5)),
+    "consistency": Case(ConsistencyModel(0.01)),
 }
 
 VARIANTS = {
@@ -75,6 +98,12 @@ VARIANTS = {
     "dpmpp_2m-heun": Case(DPMSolverPP2M("heun"), SECOND),
     "dpmpp_2m_sde-heun": Case(DPMSolverPP2MSDE("heun"), SECOND),
     "dpmpp_3m_sde-taylor": Case(DPMSolverPP3MSDE(taylor=True), (2.7, 3.5)),
+    "dpm_solver-eps": Case(DPMSolver(2, "dpmsolver"), SECOND),
+    "dpm_solver-reference": Case(DPMSolver(3, reference=True), (1.85, 2.6)),
+    "dpm_solver_single-heun": Case(DPMSolverSingle(3, "dpmsolver++", "heun"), (2.7, 3.3)),
+    "deis-2": Case(DEIS(2), SECOND),
+    "unipc-1": Case(UniPC(1, lower_order_final=False), SECOND),
+    "sa_solver-ode": Case(SASolver(2, 3, tau=0.0, lower_order_final=False), (2.7, 3.5)),
 }
 """The same code by another number or name: nothing but their orders."""
 
