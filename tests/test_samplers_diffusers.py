@@ -1,15 +1,19 @@
 """Whole trajectories of every scheduler class, against torch diffusers with the same noise."""
 
+import dataclasses
 import functools
 import itertools
 
 import numpy as np
 import pytest
 import scheduler_peers
+import tiny
 from scheduler_peers import SD, theirs
 
 from sdjax.diffusion import profiles
+from sdjax.diffusion.schedules import Schedule
 from sdjax.errors import InputError
+from sdjax.model import FrozenConfig
 
 LOW = {"final_sigmas_type": "sigma_min"}
 EPS = {"algorithm_type": "dpmsolver"}
@@ -269,6 +273,25 @@ def test_timesteps_and_sigmas_are_diffusers(cls):
 def test_what_diffusers_cannot_do_is_refused_by_key(cls, change, said):
     with pytest.raises(InputError, match=said):
         profiles.diffusers({"_class_name": cls, **change}, 10)
+
+
+@pytest.mark.parametrize("name", profiles.SAMPLERS)
+def test_a_sampler_by_name_takes_the_levels_of_its_class(name):
+    """With a model whose own config is another class's, and with one of its own class's keys."""
+    from sdjax.tasks.plan import choose
+
+    model, _ = tiny.sd1()
+    for own in ({}, {"_class_name": "UniPCMultistepScheduler", "solver_type": "bh1", **V}):
+        config = {**tiny.SCHEDULER, **own}
+        scheduler, schedule = FrozenConfig.of(config), Schedule.from_config(config)
+        model = dataclasses.replace(model, scheduler=scheduler, schedule=schedule)
+        plan = choose(model, 10, name)
+        assert type(plan.sampler) is profiles.SAMPLERS[name] and plan.note is None
+        assert len(plan.timesteps) == 10 and len(plan.sigmas) == 11
+        if name == "lcm":
+            assert plan.sampler.skips.shape == (10,) and plan.sigmas[-1] == 0
+        if name == "plms":
+            assert plan.sigmas[-1] > 0 and plan.sampler.landings is None
 
 
 def test_runge_kuttas_start_needs_four_steps():
