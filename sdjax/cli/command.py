@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from sdjax.cli import convert, generate, inspect, train
+from sdjax.cli import convert, generate, inspect, lab, train
 from sdjax.cli.request import NOISES, SAMPLERS, SPACINGS
 from sdjax.cli.show import Interrupted, note, say
 from sdjax.errors import InputError
@@ -113,6 +113,33 @@ def parser() -> Parser:
     )
     _cache(learn)
 
+    bench = commands.add_parser("lab", help="compare samplers", allow_abbrev=False)
+    rank = bench.add_subparsers(dest="lab", metavar="compare", required=True, parser_class=Parser)
+    rank = rank.add_parser(
+        "compare",
+        help="samplers at equal numbers of evaluations",
+        description="Compare samplers at equal numbers of evaluations, from the same noise: error, "
+        "order, distance, pictures. Writes comparison.csv and index.html, which needs nothing "
+        "beside it; its path goes to standard output.",
+        allow_abbrev=False,
+    )
+    rank.add_argument("--samplers", default="all", metavar="NAMES", help="with commas, or all")
+    rank.add_argument(
+        "--spacings", default="karras", metavar="NAMES", help="with commas, or all (karras)"
+    )
+    rank.add_argument(
+        "--nfe", default="5,10,20,40", metavar="N,N", help="evaluations (5,10,20,40)"
+    )
+    rank.add_argument(
+        "--model", default="mixture", help="gaussian, mixture, or what generate takes (mixture)"
+    )
+    rank.add_argument("--prompts", metavar="FILE", help="of a model, one a line")
+    rank.add_argument("--guidance", default="7.5", metavar="SCALE", help="of a model (7.5)")
+    rank.add_argument("--dtype", help="of a model's weights (as stored)")
+    rank.add_argument("--count", metavar="N", help="samples in each cell (2048; of a model 16)")
+    rank.add_argument("--out", default="lab", metavar="FOLDER", help="where to (lab)")
+    _cache(rank)
+
     look = commands.add_parser("inspect", help="say what a checkpoint is", allow_abbrev=False)
     look.add_argument("path", metavar="PATH", help=_MODEL)
     look.add_argument("--json", action="store_true", help="for programs")
@@ -169,6 +196,7 @@ def _run(asked: argparse.Namespace) -> None:
     commands = {
         "generate": generate.run,
         "train": train.run,
+        "lab": lab.run,
         "inspect": inspect.run,
         "convert": convert.run,
     }

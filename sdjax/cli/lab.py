@@ -1,0 +1,64 @@
+"""`sdjax lab`: samplers compared."""
+
+import argparse
+from pathlib import Path
+
+from sdjax.cli import request
+from sdjax.cli.generate import keep_programs
+from sdjax.cli.show import Interrupted, note, say
+from sdjax.errors import InputError
+from sdjax.text import read_prompts
+
+ANALYTIC = ("gaussian", "mixture")
+"""As in lab.problems, which a test holds them against: asking should not wait for jax."""
+
+
+def run(asked: argparse.Namespace) -> None:
+    """Check what was asked for, compare, and print where the page is."""
+    samplers = _names("sampler", asked.samplers, request.SAMPLERS)
+    spacings = _names("spacing", asked.spacings, request.SPACINGS)
+    nfe = [request.whole("nfe", n, 1, 10_000) for n in asked.nfe.split(",")]
+    exact = asked.model in ANALYTIC
+    count = request.whole("count", asked.count or (2048 if exact else 16), 2, 1_000_000)
+    guidance = request.number("guidance", asked.guidance)
+    prompts = read_prompts(asked.prompts) if asked.prompts else []
+    if exact and prompts:
+        raise InputError(f"--prompts are for a model, and {asked.model} has none: leave them out")
+    if not exact and not prompts:
+        raise InputError("a model is compared on prompts: give --prompts FILE, one a line")
+    out = Path(asked.out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file: give --out a folder")
+    from sdjax import lab
+    from sdjax.diffusion.profiles import SAMPLERS
+
+    keep_programs(asked)
+    problem: lab.Problem
+    if exact:
+        problem = lab.PROBLEMS[asked.model]()
+    else:
+        from sdjax.checkpoints.loading import load
+
+        model, params = load(asked.model, dtype=asked.dtype)
+        problem = lab.Pictures(
+            model, params, prompts, name=Path(asked.model).name, guidance_scale=guidance
+        )
+
+    def told(done: int, total: int, what: str) -> None:
+        if done < total:
+            note(f"{done + 1} of {total}: {what}")
+
+    instances = {name: SAMPLERS[name]() for name in samplers}
+    try:
+        found = lab.compare(problem, instances, spacings, nfe, count=count, progress=told)
+    except KeyboardInterrupt:
+        raise Interrupted("nothing was written") from None
+    say(str(found.save(out)))
+
+
+def _names(what: str, given: str, names: tuple[str, ...]) -> list[str]:
+    """A list with commas, or all there are."""
+    if given == "all":
+        return list(names)
+    found = [request.known(what, name.strip(), names) for name in given.split(",")]
+    return [name for name in dict.fromkeys(found) if name]

@@ -1,0 +1,197 @@
+"""`compare`: samplers on a problem, at equal numbers of evaluations."""
+
+import csv
+import functools
+import io
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sdjax.diffusion.trajectories import evaluations
+from sdjax.errors import InputError
+from sdjax.lab.distances import relative_error, sliced_wasserstein
+from sdjax.lab.problems import Problem
+from sdjax.types import Sampler
+
+_PICTURED = 1500
+
+Progress = Callable[[int, int, str], None]
+
+
+class Cell(NamedTuple):
+    """One sampler, spacing and number of evaluations."""
+
+    sampler: str
+    spacing: str
+    nfe: int
+    """Evaluations of the network that were allowed."""
+    evaluations: int
+    """Those that were made, at most as many."""
+    steps: int
+    error: float | None
+    """From what is right for the same noise, as a share of its deviation; None where a sampler adds
+    noise of its own."""
+    distance: float | None
+    """Sliced Wasserstein distance from draws of the data, or from what is right."""
+    attributes: float | None
+    """The share of samples that are as asked, where that can be measured."""
+    picture: np.ndarray
+    """uint8 [h, w, 3]."""
+
+
+class Comparison(NamedTuple):
+    """What `compare` found: cells in the order of samplers, spacings, evaluations."""
+
+    problem: str
+    about: str
+    samples: int
+    """In each cell."""
+    cells: tuple[Cell, ...]
+    orders: Mapping[tuple[str, str], float]
+    """By (sampler, spacing), for solvers of the ODE: see `Problem.order`."""
+    chance: float | None
+    """The distance between two sets of draws of the data: no sampler can show less."""
+    right: np.ndarray
+    """What is right, as a picture."""
+
+    def csv(self) -> str:
+        """One line a cell."""
+        out = io.StringIO()
+        table = csv.writer(out, lineterminator="\n")
+        table.writerow(
+            ["problem", "sampler", "spacing", "nfe", "evaluations", "steps", "error", "distance"]
+            + ["attributes", "order"]
+        )
+        for cell in self.cells:
+            order = self.orders.get((cell.sampler, cell.spacing))
+            numbers = (cell.error, cell.distance, cell.attributes, order)
+            row = [self.problem, *cell[:5]]
+            table.writerow([*row, *("" if n is None else f"{n:.6g}" for n in numbers)])
+        return out.getvalue()
+
+    def html(self) -> str:
+        """One page that needs nothing beside it."""
+        from sdjax.lab.page import page
+
+        return page(self)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `comparison.csv` and `index.html`; gives the page's path."""
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "comparison.csv").write_text(self.csv(), encoding="utf-8")
+            (folder / "index.html").write_text(self.html(), encoding="utf-8")
+        except OSError as error:
+            raise InputError(
+                f"no comparison can be written to {folder}: {error.strerror}"
+            ) from None
+        return folder / "index.html"
+
+
+def compare(
+    problem: Problem,
+    samplers: Mapping[str, Sampler],
+    spacings: Sequence[str] = ("karras",),
+    nfe: Sequence[int] = (5, 10, 20, 40),
+    *,
+    count: int = 2048,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Run every sampler with every spacing at every number of evaluations, from the same noise.
+
+    A sampler takes as many steps as the allowed evaluations pay for; where not even one step is
+    paid for, there is no cell. A sampler is anything with `init` and `step`, such as a class from a
+    notebook's cell:
+
+        found = lab.compare(lab.mixture(), {"mine": Mine(), "heun": sdjax.Heun()})
+        found.save("comparison")
+
+    Args:
+        samplers: instances by the name that they are shown under.
+        spacings: names in `sdjax.diffusion.spacings.NAMES`.
+        nfe: evaluations of the network, each at least 1.
+        count: samples in each cell.
+        progress: told (done, of how many, what next).
+
+    Raises:
+        InputError: nothing to compare, or a number out of range.
+    """
+    if not samplers or not spacings or not nfe:
+        raise InputError("a comparison needs a sampler, a spacing and a number of evaluations")
+    if min(nfe) < 1 or count < 2:
+        raise InputError(f"nfe must be at least 1 and count at least 2, got {min(nfe)} and {count}")
+    told = progress or (lambda done, total, what: None)
+    total = len(samplers) * len(spacings)
+    told(0, total, "what is right")
+    right = problem.reference(count)
+    truth = problem.truth(count)
+    chance = None if truth is None else sliced_wasserstein(truth, _another(problem, count))
+    goal = right if truth is None else truth
+    cells: list[Cell] = []
+    orders: dict[tuple[str, str], float] = {}
+    for done, (name, spacing) in enumerate((n, s) for n in samplers for s in spacings):
+        told(done, total, f"{name}, {spacing}")
+        sampler = samplers[name]
+        for allowed in sorted(set(nfe)):
+            levels = functools.partial(problem.sigmas, spacing)
+            steps, made = afforded(sampler, levels, allowed)
+            if not steps:
+                continue
+            found = problem.solve(sampler, spacing, steps, count)
+            error = None if stochastic(sampler) else relative_error(found, right)
+            finite = np.isfinite(found).all()
+            distance = sliced_wasserstein(found, goal) if finite else math.inf
+            picture = problem.picture(found[:_PICTURED], right[:_PICTURED])
+            shown = problem.attributes(found)
+            cells.append(Cell(name, spacing, allowed, made, steps, error, distance, shown, picture))
+        if not stochastic(sampler):
+            order = problem.order(sampler, spacing)
+            if order is not None:
+                orders[name, spacing] = order
+    told(total, total, "done")
+    picture = problem.picture(right[:_PICTURED], right[:_PICTURED])
+    return Comparison(problem.name, problem.about, count, tuple(cells), orders, chance, picture)
+
+
+def afforded(sampler: Sampler, sigmas: Callable[[int], np.ndarray], nfe: int) -> tuple[int, int]:
+    """(Steps, evaluations): the most steps that at most `nfe` evaluations pay for, or (0, 0).
+
+    Evaluations are counted, not declared; each more step is taken to cost at least one.
+    """
+    steps = nfe
+    while steps > 0:
+        made = _cost(sampler, sigmas(steps))
+        if made <= nfe:
+            return steps, made
+        # As if every step cost the same; at least one step less.
+        steps = min(steps - 1, max(1, round(steps * nfe / made)))
+    return 0, 0
+
+
+def stochastic(sampler: Any) -> bool:
+    """Whether a sampler draws noise; one that does not say is taken to."""
+    return bool(np.any(getattr(sampler, "stochastic", True)))
+
+
+_costs: dict[Any, int] = {}
+
+
+def _cost(sampler: Sampler, sigmas: np.ndarray) -> int:
+    """Evaluations of a schedule; counted once for each sampler, number of steps and kind of end."""
+    key = (repr(sampler), len(sigmas), bool(sigmas[-1] == 0))
+    if key not in _costs:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _costs[key] = int(evaluations(sampler, sigmas))
+    return _costs[key]
+
+
+def _another(problem: Problem, count: int) -> np.ndarray:
+    draws = problem.truth(count, 1)
+    assert draws is not None
+    return draws

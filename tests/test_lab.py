@@ -1,0 +1,208 @@
+"""The laboratory: right answers that are right, costs that are counted, pages that stand alone."""
+
+import csv
+import dataclasses
+import io
+import re
+from html.parser import HTMLParser
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sdjax
+from sdjax import lab
+from sdjax.cli import command
+from sdjax.cli import lab as cli
+from sdjax.diffusion.samplers import DPMSolverPP2M, Euler, EulerAncestral, Heun
+from sdjax.errors import InputError
+from sdjax.lab import drawing, plots
+from sdjax.lab.compare import afforded
+from sdjax.lab.distances import relative_error
+
+
+@sdjax.pytree
+class Mine:
+    """A sampler from a notebook's cell."""
+
+    def init(self, x):
+        return ()
+
+    def step(self, denoise, x, at, state, noise):
+        x0 = denoise(x, at.sigma)
+        return x0 + at.sigma_next / at.sigma * (x - x0), state
+
+    stochastic = False
+
+
+@pytest.fixture(scope="module")
+def found() -> lab.Comparison:
+    return lab.compare(
+        lab.mixture(),
+        {"euler": Euler(), "2m": DPMSolverPP2M(), "ancestral": EulerAncestral(), "<mine>": Mine()},
+        ["karras"],
+        (1, 10, 40),
+        count=512,
+    )
+
+
+def test_more_evaluations_bring_solvers_nearer_and_higher_orders_faster(found: lab.Comparison):
+    errors = {(c.sampler, c.nfe): c.error for c in found.cells}
+    assert errors["euler", 10] > errors["euler", 40] > errors["2m", 40] > 0
+    assert errors["ancestral", 40] is None
+    assert found.orders["euler", "karras"] == pytest.approx(1, abs=0.1)
+    assert found.orders["2m", "karras"] == pytest.approx(2, abs=0.15)
+    assert ("ancestral", "karras") not in found.orders
+    assert [c.error for c in found.cells if c.sampler == "<mine>"] == [
+        c.error for c in found.cells if c.sampler == "euler"
+    ]
+
+
+def test_samples_of_a_good_sampler_are_as_far_from_the_data_as_the_data_from_itself(
+    found: lab.Comparison,
+):
+    distances = {(c.sampler, c.nfe): c.distance for c in found.cells}
+    assert distances["2m", 40] < 2 * found.chance < distances["euler", 1]
+
+
+def test_the_reference_of_the_gaussian_is_its_closed_flow_and_heuns_many_steps_agree():
+    problem = lab.gaussian()
+    right = problem.reference(32)
+    low, high = problem.schedule.sigma_min, problem.schedule.sigma_max
+    mean, std = np.array([0.3, -0.2]), np.array([1.0, 0.25])
+    noise = np.random.default_rng(0).standard_normal((32, 1, 1, 2))
+    end = mean + (high * noise - mean) * np.sqrt((std**2 + low**2) / (std**2 + high**2))
+    wanted = (mean * low**2 + end * std**2) / (low**2 + std**2)
+    np.testing.assert_allclose(right, wanted, rtol=1e-12, atol=1e-12)
+    followed = lab.Analytic("g", "", problem.denoise, lambda rng, n: right).reference(32)
+    np.testing.assert_allclose(followed, right, atol=2e-6)
+
+
+def test_draws_of_the_mixture_have_its_weights_and_widths():
+    problem = lab.mixture()
+    points = problem.truth(40_000)[:, 0, 0]
+    means, stds = np.asarray(problem.denoise.means)[:, 0, 0], problem.denoise.stds
+    nearest = np.linalg.norm(points[:, None] - means, axis=-1).argmin(-1)
+    share = np.bincount(nearest, minlength=7) / len(points)
+    np.testing.assert_allclose(share, problem.denoise.weights, atol=0.02)
+    narrow = int(np.argmin(stds))
+    np.testing.assert_allclose(points[nearest == narrow].std(0), stds[narrow], rtol=0.1)
+
+
+def test_the_sliced_distance_of_two_gaussians_is_known():
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((5_000, 1, 1, 3))
+    # A shift d is seen by a direction u as u.d, whose mean square is |d|^2 / 3.
+    shift = np.array([0.6, 0.0, -0.8])
+    assert lab.sliced_wasserstein(a, a + shift, 2000) == pytest.approx(3**-0.5, rel=0.05)
+    assert lab.sliced_wasserstein(a, 2 * a) == pytest.approx(1, rel=0.05)
+    assert lab.sliced_wasserstein(a, a[::-1]) == 0
+    assert relative_error(a + 0.5, a) == pytest.approx(0.5, rel=0.02)
+    with pytest.raises(InputError, match="equal size"):
+        lab.sliced_wasserstein(a, a[:5])
+
+
+@dataclasses.dataclass(frozen=True)
+class Costly:
+    """Three evaluations a step, five on the last."""
+
+    stochastic = False
+
+    def init(self, x):
+        return ()
+
+    def step(self, denoise, x, at, state, noise):
+        for _ in range(3):
+            x = denoise(x, at.sigma)
+        return jax.lax.cond(
+            jnp.all(at.left == 1), lambda x: denoise(denoise(x, at.sigma), at.sigma), lambda x: x, x
+        ), state
+
+
+@pytest.mark.parametrize(
+    ("sampler", "nfe", "wanted"),
+    [
+        (Euler(), 7, (7, 7)),
+        (Heun(), 10, (5, 9)),
+        (Heun(), 1, (1, 1)),
+        (Costly(), 4, (0, 0)),
+        (Costly(), 13, (3, 11)),
+    ],
+)
+def test_a_sampler_takes_as_many_steps_as_evaluations_pay_for(sampler, nfe, wanted):
+    levels = lab.gaussian().sigmas
+    assert afforded(sampler, lambda n: levels("karras", n), nfe) == wanted
+
+
+class Page(HTMLParser):
+    """Every tag is closed, nothing is fetched."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        self.links += [v for k, v in attrs if k in ("src", "href") and v]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_needs_nothing_beside_it_and_holds_every_cell(found: lab.Comparison, tmp_path):
+    path = found.save(tmp_path / "made" / "here")
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == [] and all(link.startswith(("data:image/png", "#")) for link in page.links)
+    assert text.count("<img") == len(found.cells) + 1
+    assert "<mine>" not in text and "&lt;mine&gt;" in text
+    assert not re.search(r"https?://", text)
+    rows = list(csv.DictReader(io.StringIO((path.parent / "comparison.csv").read_text())))
+    assert len(rows) == len(found.cells)
+    assert float(rows[0]["error"]) == pytest.approx(found.cells[0].error, rel=1e-5)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="no comparison can be written"):
+        found.save(tmp_path / "file")
+
+
+def test_plots_leave_out_what_has_no_logarithm():
+    lines = [plots.Line("a", "red", [(1, 0.1), (2, float("inf")), (3, 0.0)])]
+    assert plots.plot(lines, "x", "y", [1, 3]).count("<circle") == 1
+    assert plots.plot([plots.Line("a", "red", [(1, 0.0)])], "x", "y", [1]) == ""
+
+
+def test_dots_are_drawn_where_points_are():
+    inks = drawing.colours(np.array([[0.95, 0.0]]))
+    picture = drawing.points(np.array([[0.95, 0.0]]), inks, side=64)
+    row, column = np.unravel_index(picture.sum(-1).argmax(), (64, 64))
+    assert abs(row - 32) <= 1 and abs(column - 48) <= 1
+    empty = drawing.points(np.full((3, 2), np.nan), np.ones((3, 3)), side=8)
+    assert (empty == empty[0, 0]).all()
+
+
+def test_the_command_writes_a_page_and_refuses_before_it_works(tmp_path, capsys):
+    assert set(cli.ANALYTIC) == set(lab.PROBLEMS)
+    out = tmp_path / "lab"
+    asked = ["lab", "compare", "--model", "gaussian", "--samplers", "euler,heun", "--nfe", "4,8"]
+    assert command.main([*asked, "--count", "64", "--out", str(out), "--no-cache"]) == 0
+    assert capsys.readouterr().out.strip() == str(out / "index.html")
+    assert (out / "comparison.csv").read_text().count("\n") == 5
+    for more, said in (
+        (["--samplers", "huen"], "unknown sampler huen: try heun"),
+        (["--nfe", "0"], "nfe must be a whole number from 1"),
+        (["--prompts", str(tmp_path / "p")], "p"),
+        (["--model", "somewhere"], "a model is compared on prompts"),
+    ):
+        assert command.main([*asked, *more, "--out", str(out)]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_nothing_to_compare_is_refused():
+    with pytest.raises(InputError, match="needs a sampler"):
+        lab.compare(lab.mixture(), {})
+    with pytest.raises(InputError, match="nfe must be at least 1"):
+        lab.compare(lab.mixture(), {"a": Euler()}, nfe=[0])
