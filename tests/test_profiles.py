@@ -238,7 +238,7 @@ def test_stable_diffusions_own_config_is_plms():
 
 def test_what_is_left_out_is_said():
     plan = profiles.diffusers({**_config("dpm"), "thresholding": True}, 10)
-    assert plan.note == "dynamic thresholding is not written yet and left out"
+    assert plan.note == "thresholding is left out: guidance.threshold(denoise) does it"
 
 
 @pytest.mark.parametrize(

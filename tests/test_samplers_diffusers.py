@@ -294,6 +294,13 @@ def test_a_sampler_by_name_takes_the_levels_of_its_class(name):
             assert plan.sigmas[-1] > 0 and plan.sampler.landings is None
 
 
+def test_folders_may_name_every_class():
+    from sdjax.checkpoints.folder import SCHEDULER_CLASS
+
+    for cls in CONFIGS:
+        assert SCHEDULER_CLASS.fullmatch(cls), cls
+
+
 def test_runge_kuttas_start_needs_four_steps():
     with pytest.raises(InputError, match="at least 4"):
         profiles.diffusers({"_class_name": "PNDMScheduler", **SD}, 3)

@@ -48,8 +48,9 @@ LIBRARIES = frozenset(
 )
 SCHEDULER_CLASS = re.compile(
     r"(DDIM|DDPM|PNDM|LMSDiscrete|Euler(Ancestral)?Discrete|HeunDiscrete|KDPM2(Ancestral)?Discrete"
-    r"|DPMSolver(Multistep|Singlestep|SDE)|DEISMultistep|UniPCMultistep|SASolver|LCM|TCD"
-    r"|DDIMParallel|DDPMParallel)Scheduler"
+    r"|DPMSolver(Multistep(Inverse)?|Singlestep|SDE)|DEISMultistep|UniPCMultistep|SASolver|LCM|TCD"
+    r"|DDIM(Parallel|Inverse)|DDPMParallel|IPNDM|EDM(Euler|DPMSolverMultistep)"
+    r"|CMStochasticIterative)Scheduler"
 )
 
 

@@ -106,8 +106,7 @@ def diffusers(config: Mapping[str, Any], steps: int) -> Plan:
 
     Timesteps are exact, sigmas equal in float32, quirks included (its tables are float32 too). What
     a config cannot say (DDIM's and TCD's eta, churn, tau_func) has the defaults of diffusers' own
-    `step`. An option that is not written yet becomes its nearest, and `note` says so; an unknown
-    class is refused.
+    `step`. `note` says what a plan cannot hold; an unknown class is refused.
     """
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in _CLASSES:
@@ -124,7 +123,7 @@ def diffusers(config: Mapping[str, Any], steps: int) -> Plan:
     if not (steps_down[:-1] < 0).all() or steps_down[-1] > 0:
         raise InputError(f"{name} has no {steps} different noise levels: take fewer steps")
     if read(config, "thresholding", bool, False):
-        notes.append("dynamic thresholding is not written yet and left out")
+        notes.append("thresholding is left out: guidance.threshold(denoise) does it")
     return plan._replace(note="; ".join(notes) or None)
 
 

@@ -24,7 +24,8 @@ class DEIS:
     Zhang and Chen (2204.13902), algorithm 1 with the polynomial in log rho (their
     rhoAB in log rho; rho is sigma here): the noise estimates of the last steps, extrapolated in
     log sigma and integrated exactly. Order 1 is Euler; order 2 is DPM-Solver's multistep form with
-    `heun`, which integrates the same line. The first steps, and one into 0, have lower orders.
+    `heun`, which integrates the same line. The first steps, and one into 0, have lower orders:
+    where the estimate moves in the first already, that leaves order 2.
 
     `lower_order_final`: schedules of fewer than 15 steps end with orders 2 and 1, as in diffusers.
     """

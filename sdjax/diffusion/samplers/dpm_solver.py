@@ -55,7 +55,7 @@ class DPMSolver:
     "dpmsolver" (2206.00927) the noise; the SDE forms are 2211.01095's (section 5). In sigma space,
     with h = log(s / s') and the scaled slope D1 of the estimates, the midpoint solver takes D1 at
     the step's middle and heun integrates it exactly. The first steps, and one into 0, have lower
-    orders.
+    orders: where the estimate moves in the first already, that leaves order 2.
 
     `order` 3 integrates the parabola through the last three estimates. `reference` keeps two slips
     of the authors' code and diffusers: the parabola's square term counts half, which leaves order 2
