@@ -22,8 +22,8 @@ from tqdm import tqdm
 import sdjax
 from sdjax.images import contact_sheet
 from sdjax.training import scenes
+from sdjax.training.feeding import HELD_OUT
 from sdjax.training.first_stage import FirstStage
-from sdjax.training.job import HELD_OUT
 from sdjax.training.scenes.measure import score
 
 GUIDANCE = (1.0, 2.0, 3.0, 5.0, 8.0)

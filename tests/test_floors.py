@@ -125,8 +125,8 @@ def test_only_the_top_floor_imports_the_front_door():
     assert not through, "\n".join(through)
 
 
-def test_diffusion_imports_jax_and_numpy_only():
-    allowed = {"jax", "jaxtyping", "numpy"} | set(__import__("sys").stdlib_module_names)
+def test_diffusion_imports_jax_numpy_and_scipy_only():
+    allowed = {"jax", "jaxtyping", "numpy", "scipy"} | set(__import__("sys").stdlib_module_names)
     found = [str(i) for i in outside("diffusion") if i.module.split(".")[0] not in allowed]
     assert not found, "\n".join(found)
 

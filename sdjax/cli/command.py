@@ -114,8 +114,9 @@ def parser() -> Parser:
     _cache(learn)
 
     bench = commands.add_parser("lab", help="compare samplers", allow_abbrev=False)
-    rank = bench.add_subparsers(dest="lab", metavar="compare", required=True, parser_class=Parser)
-    rank = rank.add_parser(
+    rank = bench.add_subparsers(
+        dest="lab", metavar="compare", required=True, parser_class=Parser
+    ).add_parser(
         "compare",
         help="samplers at equal numbers of evaluations",
         description="Compare samplers at equal numbers of evaluations, from the same noise: error, "
@@ -127,9 +128,7 @@ def parser() -> Parser:
     rank.add_argument(
         "--spacings", default="karras", metavar="NAMES", help="with commas, or all (karras)"
     )
-    rank.add_argument(
-        "--nfe", default="5,10,20,40", metavar="N,N", help="evaluations (5,10,20,40)"
-    )
+    rank.add_argument("--nfe", default="5,10,20,40", metavar="N,N", help="evaluations (5,10,20,40)")
     rank.add_argument(
         "--model", default="mixture", help="gaussian, mixture, or what generate takes (mixture)"
     )

@@ -318,7 +318,7 @@ def pad(rows: Sequence[np.ndarray], length: int | None = None) -> np.ndarray:
 
 
 def _beta_quantile(share: np.ndarray, alpha: float, beta: float) -> np.ndarray:
-    from scipy.special import betaincinv  # type: ignore[import-untyped]  # jax's own dependency
+    from scipy.special import betaincinv  # slow to import, and rarely wanted
 
     return np.asarray(betaincinv(alpha, beta, share))
 

@@ -25,7 +25,7 @@ from sdjax.models.vae import AutoencoderKL
 from sdjax.models.vq import VQModel
 from sdjax.tasks.text_to_image import text_to_image
 from sdjax.text import Tokenizer
-from sdjax.training import data, encoding
+from sdjax.training import data, encoding, feeding
 from sdjax.training.data import Batches, Source
 from sdjax.training.first_stage import FirstStage, FirstStageLoss, measure_scale, split
 from sdjax.training.fresh import fresh
@@ -36,12 +36,7 @@ from sdjax.training.scenes.hearing import Hearing
 from sdjax.training.scenes.reading import Reading
 from sdjax.training.second_stage import SecondStage
 from sdjax.training.settings import Run
-from sdjax.training.stage import Batch
 from sdjax.training.vocabulary import learn
-from sdjax.types import Array
-
-HELD_OUT = 2**31 - 1
-"""The scenes that reconstructions are shown of are of this seed's world, which nobody trains on."""
 
 Note = Callable[[str], None]
 
@@ -111,8 +106,8 @@ def first(run: Run, process: tuple[int, int]) -> Job:
     def networks(params: Params) -> Params:
         return params | {"vae": {**kept, **params["vae"]}}
 
-    source = _source(run, captions=False)
-    held = _held_out(run, source, 8)
+    source = feeding.source_of(run, captions=False)
+    held = feeding.held_out(run, source, 8)
     reconstruct = jax.jit(stage.reconstruct)
 
     def picture(params: Params, extra: Any) -> np.ndarray:
@@ -122,7 +117,7 @@ def first(run: Run, process: tuple[int, int]) -> Job:
     def finish(folder: Path, params: Params, extra: Any, averaged: bool) -> Path:
         params, scale = networks(params), module.scaling_factor
         if not alone:
-            batches = _batches(run, source, {}, (0, 1))
+            batches = feeding.batches_of(run, source, {}, (0, 1))
             with batches:
                 seen = [next(batches) for _ in range(max(1, 256 // run.run.batch_size))]
             scale = measure_scale(stage, params, seen, extra=extra)
@@ -130,7 +125,7 @@ def first(run: Run, process: tuple[int, int]) -> Job:
         where = folder / ("vae" if averaged else "vae-last")
         return save_vae(where, module, tree, scale, overwrite=True)
 
-    return Job(stage, params, frozen, _batches(run, source, {}, process), picture, finish)
+    return Job(stage, params, frozen, feeding.batches_of(run, source, {}, process), picture, finish)
 
 
 def second(run: Run, note: Note, process: tuple[int, int]) -> Job:
@@ -153,7 +148,7 @@ def second(run: Run, note: Note, process: tuple[int, int]) -> Job:
     kept = {name: tree for name, tree in params.items() if lora or name not in trained}
     start = None if lora else {name: params[name] for name in trained}
 
-    opened = _source(run)
+    opened = feeding.source_of(run)
     source: Source | data.Cached = opened
     words: dict[str, Tokenizer] = {}
     for name, key in (("tokenizer", "ids"), ("tokenizer_2", "ids_2")):
@@ -163,7 +158,7 @@ def second(run: Run, note: Note, process: tuple[int, int]) -> Job:
     if run.data.cache:
         texts = any(name.startswith("text_encoder") for name in trained)
         source = parallel.first_alone(
-            lambda: _cached(run, note, model, params, opened, words, not texts)
+            lambda: feeding.cached(run, note, model, params, opened, words, not texts)
         )
         frozen = {name: tree for name, tree in kept.items() if name != "vae"}
         if not texts:
@@ -198,7 +193,7 @@ def second(run: Run, note: Note, process: tuple[int, int]) -> Job:
         where = folder / ("model" if averaged else "model-last")
         return save(where, model, networks(trained), overwrite=True)
 
-    batches = _batches(run, source, words, process)
+    batches = feeding.batches_of(run, source, words, process)
     return Job(stage, start, frozen, batches, picture, finish)
 
 
@@ -216,7 +211,7 @@ def text(run: Run, process: tuple[int, int]) -> Job:
         return save(where, model, networks, overwrite=True)
 
     stage = Hearing(model.text_encoder)
-    return Job(stage, None, {}, _batches(run, source, {}, process), _nothing, finish)
+    return Job(stage, None, {}, feeding.batches_of(run, source, {}, process), _nothing, finish)
 
 
 def reader(run: Run, process: tuple[int, int]) -> Job:
@@ -229,7 +224,7 @@ def reader(run: Run, process: tuple[int, int]) -> Job:
         measure.save(trained["measure"], where)
         return where
 
-    return Job(Reading(), None, {}, _batches(run, source, {}, process), _nothing, finish)
+    return Job(Reading(), None, {}, feeding.batches_of(run, source, {}, process), _nothing, finish)
 
 
 def _nothing(params: Params, extra: Any) -> None:
@@ -327,108 +322,3 @@ def _tokenizer(table: dict[str, Any]) -> Tokenizer:
 
         return learn(scenes.vocabulary(), table.get("model_max_length", 77))
     return Tokenizer.load(vocabulary)
-
-
-def _source(run: Run, captions: bool = True) -> Source:
-    return data.open(
-        run.data.source,
-        caption_column=run.data.caption_column if captions else None,
-        height=run.data.height,
-        width=run.data.width,
-        seed=run.data.seed,
-        length=run.data.count,
-    )
-
-
-def _batches(
-    run: Run, source: Source | data.Cached, words: dict[str, Tokenizer], process: tuple[int, int]
-) -> Batches:
-    if isinstance(source, data.Cached):
-        return data.batches(
-            source, batch_size=run.run.batch_size, seed=run.data.seed, process=process
-        )
-    return data.batches(
-        source,
-        batch_size=run.run.batch_size,
-        height=run.data.height,
-        width=run.data.width,
-        seed=run.data.seed,
-        tokenize=words,
-        flip=run.data.flip,
-        crop=run.data.crop,
-        time_ids="ids_2" in words,
-        workers=run.data.workers,
-        process=process,
-    )
-
-
-def _held_out(run: Run, source: Source, count: int) -> np.ndarray:
-    """Pictures to look at: scenes of another world, or the first ones of the data."""
-    if run.data.source == ("scenes",):
-        source = data.scenes(HELD_OUT, run.data.height, run.data.width)
-    shown = data.batches(
-        source,
-        batch_size=min(count, len(source)),
-        height=run.data.height,
-        width=run.data.width,
-        shuffle=False,
-    )
-    with shown:
-        return next(shown)["pixels"]
-
-
-def _cached(
-    run: Run,
-    note: Note,
-    model: Model,
-    params: Params,
-    source: Source,
-    words: dict[str, Tokenizer],
-    texts: bool,
-) -> data.Cached:
-    """The data as latents, and as text states where no text encoder learns."""
-    assert run.data.cache is not None
-    made_of = {
-        "data": getattr(source, "digest", str(run.data.source)),
-        "vae": _fingerprint(params["vae"]),
-        "text_encoder": _fingerprint(params.get("text_encoder", {})) if texts else None,
-        "size": [run.data.height, run.data.width],
-    }
-    encode, networks = parallel.mapped(_encode), parallel.replicate(params)
-    size = 32 * parallel.device_count()
-    ids = ("ids", "ids_2", "time_ids")
-
-    def made(batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        given = {k: v for k, v in batch.items() if k == "pixels" or (texts and k in ids[:2])}
-        rest = {k: v for k, v in batch.items() if k in ids and not (texts and k in ids[:2])}
-        found = encode((model, run.model.dtype), networks, parallel.split(given, size))
-        return {**parallel.join(found, size), **rest}
-
-    plain = dataclasses.replace(run, run=dataclasses.replace(run.run, batch_size=size))
-    last = 0
-
-    def progress(done: int, count: int) -> None:
-        nonlocal last
-        if done * 10 // count > last:
-            last = done * 10 // count
-            note(f"cached {done} of {count} examples")
-
-    with _batches(plain, source, words, (0, 1)) as batches:
-        return data.cache(
-            batches, made, run.data.cache, len(source), made_of=made_of, progress=progress
-        )
-
-
-def _encode(static: tuple[Model, str], params: Params, batch: Batch) -> dict[str, Array]:
-    model, dtype = static
-    return encoding.cached(model, params, batch, dtype)
-
-
-def _fingerprint(tree: Params) -> str:
-    """Which weights these are."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()[:16]
