@@ -5,6 +5,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 from sdjax.diffusion.samplers.exponential import History, Number, blank, push
 from sdjax.diffusion.sampling import pick
@@ -62,49 +63,55 @@ class PNDM:
     def step(
         self, denoise: Denoiser, x: Latents, at: Step, state: History, noise: StepNoise
     ) -> tuple[Latents, State]:
-        value = self._value(denoise, x, at.sigma)
         landing = at.sigma_next
         if self.landings is not None:
             landing = pick(jnp.asarray(self.landings, x.dtype), at.index)
-        slope = self._slope(adams_bashforth(value, state, at.index), x, at.sigma)
-        new = unscaled(x + (landing - at.sigma) * slope, landing, at.sigma_next)
         start = at.index < 3 if self.runge_kutta else (at.index == 0) & (at.left > 1)
         start = start & (at.sigma_next > 0)
-        again = self._runge_kutta if self.runge_kutta else self._again
+        value = self._value(denoise, x, at.sigma)
+        slope = self._slope(adams_bashforth(value, state, at.index), x, at.sigma)
+        new = unscaled(x + (landing - at.sigma) * slope, landing, at.sigma_next).astype(x.dtype)
 
-        def repeat(new: Latents) -> Latents:
-            return jnp.where(start, again(denoise, x, new, at, value), new).astype(x.dtype)
+        def again(new: Latents) -> Latents:
+            more = self._stages(denoise, x, at, landing, value)
+            left = at.sigma
+            if self.runge_kutta:
+                mean = (value + 2 * more[0] + 2 * more[1] + more[2]) / 6
+            else:
+                mean = (value + more[0]) / 2
+                if self.departure is not None:
+                    left = jnp.asarray(self.departure, x.dtype)
+            there = unscaled(x, at.sigma, left)
+            there = there + (at.sigma_next - left) * self._slope(mean, there, left)
+            return jnp.where(start, there, new).astype(x.dtype)
 
-        new = jax.lax.cond(jnp.any(start), repeat, lambda new: new, new.astype(x.dtype))
+        new = jax.lax.cond(jnp.any(start), again, lambda new: new, new)
         return new, push(state, value, at.sigma)
 
-    def _again(
-        self, denoise: Denoiser, x: Latents, new: Latents, at: Step, value: Latents
-    ) -> Latents:
-        """PLMS's first step with the mean of both ends."""
+    def _stages(
+        self, denoise: Denoiser, x: Latents, at: Step, landing: Sigma, value: Latents
+    ) -> Float[Array, "stages b h w c"]:
+        """What follows the first evaluation in a step of the start: a scan, for short programs."""
         safe = jnp.where(at.sigma_next > 0, at.sigma_next, at.sigma)
-        mean = (value + self._value(denoise, new, safe)) / 2
-        left = at.sigma
-        if self.departure is not None:
-            left = jnp.asarray(self.departure, x.dtype)
-        x = unscaled(x, at.sigma, left)
-        return x + (at.sigma_next - left) * self._slope(mean, x, left)
+        stages = [(landing, safe)]  # where the latest value leads, and the level it is taken for
+        if self.runge_kutta:
+            aim = middle = (at.sigma + safe) / 2
+            if self.halves is not None:
+                aim, middle = (pick(jnp.asarray(half, x.dtype), at.index) for half in self.halves)
+            stages = [(aim, middle), (middle, middle), (safe, safe)]
+        each = (x.shape[0], 1, 1, 1)
+        table = [
+            jnp.stack([jnp.broadcast_to(stage[k], each).astype(x.dtype) for stage in stages])
+            for k in (0, 1)
+        ]
 
-    def _runge_kutta(
-        self, denoise: Denoiser, x: Latents, new: Latents, at: Step, value: Latents
-    ) -> Latents:
-        safe = jnp.where(at.sigma_next > 0, at.sigma_next, at.sigma)
-        aim = middle = (at.sigma + safe) / 2
-        if self.halves is not None:
-            aim, middle = (pick(jnp.asarray(half, x.dtype), at.index) for half in self.halves)
+        def evaluate(value: Latents, stage: list[Sigma]) -> tuple[Latents, Latents]:
+            to, level = stage
+            there = x + (to - at.sigma) * self._slope(value, x, at.sigma)
+            value = self._value(denoise, unscaled(there, to, level), level).astype(x.dtype)
+            return value, value
 
-        def move(value: Latents, to: Sigma) -> Latents:
-            return x + (to - at.sigma) * self._slope(value, x, at.sigma)
-
-        second = self._value(denoise, unscaled(move(value, aim), aim, middle), middle)
-        third = self._value(denoise, move(second, middle), middle)
-        fourth = self._value(denoise, move(third, safe), safe)
-        return move((value + 2 * second + 2 * third + fourth) / 6, at.sigma_next)
+        return jax.lax.scan(evaluate, value.astype(x.dtype), table)[1]
 
     def _value(self, denoise: Denoiser, x: Latents, sigma: Sigma) -> Latents:
         """What is summed: noise, or v."""
