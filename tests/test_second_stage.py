@@ -14,7 +14,7 @@ import trainers
 
 import sdjax
 from sdjax.diffusion import noise
-from sdjax.diffusion.schedules import Schedule
+from sdjax.diffusion.schedules import PREDICTIONS, Schedule, to_x0
 from sdjax.errors import InputError
 from sdjax.models.unet import UNet
 from sdjax.training import losses
@@ -99,6 +99,17 @@ def test_sdxl_learns_v_with_zero_snr_offset_noise_and_blocks_computed_twice(tmp_
     assert trainers.distance(peers.flax_params(other.unet), unet) == 0
     config = other.scheduler.config
     assert config.prediction_type == "v_prediction" and config.rescale_betas_zero_snr
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_network_that_says_the_target_makes_the_denoiser_exact(prediction):
+    schedule = Schedule(prediction=prediction)
+    x0, drawn = np.random.default_rng(0).standard_normal((2, 3, 2, 2, 1)).astype(np.float32)
+    t = np.array([0, 400, 999], np.int32)
+    sigma = np.asarray(schedule.sigmas[t], np.float32).reshape(-1, 1, 1, 1)
+    wanted = losses.target(schedule, x0, drawn, t)
+    found = to_x0(schedule, wanted, x0 + sigma * drawn, sigma)
+    np.testing.assert_allclose(found, x0, atol=2e-5)
 
 
 @pytest.mark.parametrize("zero_snr", [False, True])

@@ -118,14 +118,15 @@ def add_noise(
 def target(schedule: Schedule, x0: Latents, noise: Latents, timesteps: Int[Array, " b"]) -> Latents:
     """What the network should say: the noise, x0, or v = sqrt(a_t) noise - sqrt(1 - a_t) x0.
 
-    The latter is of Salimans and Ho 2022 (arXiv 2202.00512).
+    The latter is of Salimans and Ho 2022 (arXiv 2202.00512); edm is its negative.
     """
     if schedule.prediction == "epsilon":
         return noise
     if schedule.prediction == "sample":
         return x0
     signal, rest = _roots(schedule, timesteps)
-    return signal * noise - rest * x0
+    v = signal * noise - rest * x0
+    return -v if schedule.prediction == "edm" else v
 
 
 def distances(loss: DiffusionLoss, out: Latents, wanted: Latents) -> Float[Array, " b"]:
@@ -156,7 +157,7 @@ def weights(schedule: Schedule, gamma: float | None) -> np.ndarray:
     if schedule.prediction == "epsilon":
         weight = capped / np.where(snr > 0, snr, 1)
     else:
-        weight = capped / (snr + 1) if schedule.prediction == "v_prediction" else capped
+        weight = capped if schedule.prediction == "sample" else capped / (snr + 1)
     return np.where(snr > 0, weight, 1).astype(np.float32)
 
 
