@@ -169,6 +169,14 @@ def test_the_page_needs_nothing_beside_it_and_holds_every_cell(found: lab.Compar
         found.save(tmp_path / "file")
 
 
+def test_tables_rank_by_error_where_most_evaluations_were_allowed(found, tmp_path):
+    lines = found.save(tmp_path / "table.md").read_text().splitlines()
+    errors = {c.sampler: c.error for c in found.cells if c.nfe == 40}
+    names = [line.split("`")[1] for line in lines[4:]]
+    assert names[-1] == "ancestral" and sorted(names[:-1], key=errors.__getitem__) == names[:-1]
+    assert {line.count("|") for line in lines[2:]} == {1 + 2 + 2 * 3}
+
+
 def test_plots_leave_out_what_has_no_logarithm():
     lines = [plots.Line("a", "red", [(1, 0.1), (2, float("inf")), (3, 0.0)])]
     assert plots.plot(lines, "x", "y", [1, 3]).count("<circle") == 1

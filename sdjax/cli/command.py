@@ -136,7 +136,9 @@ def parser() -> Parser:
     rank.add_argument("--guidance", default="7.5", metavar="SCALE", help="of a model (7.5)")
     rank.add_argument("--dtype", help="of a model's weights (as stored)")
     rank.add_argument("--count", metavar="N", help="samples in each cell (2048; of a model 16)")
-    rank.add_argument("--out", default="lab", metavar="FOLDER", help="where to (lab)")
+    rank.add_argument(
+        "--out", default="lab", metavar="PATH", help="a folder; .md: tables only (lab)"
+    )
     _cache(rank)
 
     look = commands.add_parser("inspect", help="say what a checkpoint is", allow_abbrev=False)

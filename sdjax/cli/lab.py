@@ -27,8 +27,8 @@ def run(asked: argparse.Namespace) -> None:
     if not exact and not prompts:
         raise InputError("a model is compared on prompts: give --prompts FILE, one a line")
     out = Path(asked.out)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file: give --out a folder")
+    if out.exists() and not out.is_dir() and out.suffix != ".md":
+        raise InputError(f"{out} is a file: give --out a folder, or a name ending in .md")
     from sdjax import lab
     from sdjax.diffusion.profiles import SAMPLERS
 

@@ -5,7 +5,7 @@ import functools
 import io
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,24 +73,49 @@ class Comparison(NamedTuple):
             table.writerow([*row, *("" if n is None else f"{n:.6g}" for n in numbers)])
         return out.getvalue()
 
+    def markdown(self) -> str:
+        """A table a spacing, its samplers by their error, or else distance, at most evaluations."""
+        return "\n".join(_table(self, s) for s in dict.fromkeys(c.spacing for c in self.cells))
+
     def html(self) -> str:
         """One page that needs nothing beside it."""
         from sdjax.lab.page import page
 
         return page(self)
 
-    def save(self, folder: str | Path) -> Path:
-        """Write `comparison.csv` and `index.html`; gives the page's path."""
-        folder = Path(folder)
+    def ranked(self, spacing: str) -> list[str]:
+        """Samplers by their error where most evaluations were allowed; then those without one, by
+        distance.
+        """
+        last: dict[str, Cell] = {}
+        for cell in self.cells:
+            if cell.spacing == spacing and cell.nfe >= getattr(last.get(cell.sampler), "nfe", 0):
+                last[cell.sampler] = cell
+
+        def key(name: str) -> tuple[bool, float]:
+            cell = last[name]
+            value = cell.distance if cell.error is None else cell.error
+            return cell.error is None, math.inf if value is None else value
+
+        return sorted(last, key=key)
+
+    def save(self, where: str | Path) -> Path:
+        """Write `comparison.csv` and `index.html` into a folder, or the tables alone to a .md file.
+
+        Gives the path of what is to be looked at.
+        """
+        where = Path(where)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "comparison.csv").write_text(self.csv(), encoding="utf-8")
-            (folder / "index.html").write_text(self.html(), encoding="utf-8")
+            if where.suffix == ".md":
+                where.parent.mkdir(parents=True, exist_ok=True)
+                where.write_text(self.markdown(), encoding="utf-8")
+                return where
+            where.mkdir(parents=True, exist_ok=True)
+            (where / "comparison.csv").write_text(self.csv(), encoding="utf-8")
+            (where / "index.html").write_text(self.html(), encoding="utf-8")
         except OSError as error:
-            raise InputError(
-                f"no comparison can be written to {folder}: {error.strerror}"
-            ) from None
-        return folder / "index.html"
+            raise InputError(f"no comparison can be written to {where}: {error.strerror}") from None
+        return where / "index.html"
 
 
 def compare(
@@ -156,6 +181,32 @@ def compare(
     told(total, total, "done")
     picture = problem.picture(right[:_PICTURED], right[:_PICTURED])
     return Comparison(problem.name, problem.about, count, tuple(cells), orders, chance, picture)
+
+
+def _table(found: Comparison, spacing: str) -> str:
+    cells = {(c.sampler, c.nfe): c for c in found.cells if c.spacing == spacing}
+    nfe = sorted({n for _, n in cells})
+    measured = [f for f in ("error", "distance", "attributes") if _any(cells.values(), f)]
+    head = ["sampler", "order", *(f"{field}, {n}" for n in nfe for field in measured)]
+    lines = [
+        f"## {spacing}",
+        "",
+        f"| {' | '.join(head)} |",
+        "|---" + "|---:" * (len(head) - 1) + "|",
+    ]
+    for name in found.ranked(spacing):
+        order = found.orders.get((name, spacing))
+        row = [f"`{name}`", "" if order is None else f"{order:.2f}"]
+        for n in nfe:
+            for field in measured:
+                value = getattr(cells.get((name, n)), field, None)
+                row.append("" if value is None else f"{value:.2g}")
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _any(cells: Iterable[Cell], field: str) -> bool:
+    return any(getattr(cell, field) is not None for cell in cells)
 
 
 def afforded(sampler: Sampler, sigmas: Callable[[int], np.ndarray], nfe: int) -> tuple[int, int]:

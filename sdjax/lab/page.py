@@ -81,7 +81,7 @@ def _section(found: Comparison, spacing: str, samplers: Sequence[str], inks: dic
     name = html.escape(spacing)
     return (
         f'<section id="{name}"><h2>{name}</h2><div class="plots">{"".join(plots)}</div>'
-        f"{_table(found, spacing, cells, samplers, inks)}{_grid(cells, samplers, inks)}</section>"
+        f"{_table(found, spacing, cells, inks)}{_grid(cells, samplers, inks)}</section>"
     )
 
 
@@ -89,7 +89,6 @@ def _table(
     found: Comparison,
     spacing: str,
     cells: Sequence[Cell],
-    samplers: Sequence[str],
     inks: dict[str, str],
 ) -> str:
     """Samplers ranked by their error, or distance, where most evaluations were allowed."""
@@ -97,11 +96,6 @@ def _table(
     by = {(cell.sampler, cell.nfe): cell for cell in cells}
     measured = any(cell.attributes is not None for cell in cells)
     ordered = any(where == spacing for _, where in found.orders)
-
-    def rank(name: str) -> tuple[bool, float]:
-        last = [by[name, n] for n in nfe if (name, n) in by][-1]
-        value = last.distance if last.error is None else last.error
-        return last.error is None, float("inf") if value is None else value
 
     best = {
         (field, n): min(
@@ -115,7 +109,7 @@ def _table(
     under = "<th></th>" * (1 + ordered)
     under += ("<th>error</th><th>distance</th>" + "<th>as asked</th>" * measured) * len(nfe)
     rows = []
-    for name in sorted((s for s in samplers if any(c.sampler == s for c in cells)), key=rank):
+    for name in found.ranked(spacing):
         row = f'<th class="name" style="--ink: {inks[name]}">{html.escape(name)}</th>'
         if ordered:
             order = found.orders.get((name, spacing))
