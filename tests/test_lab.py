@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 import sdjax
 from sdjax import lab
@@ -214,3 +215,28 @@ def test_nothing_to_compare_is_refused():
         lab.compare(lab.mixture(), {})
     with pytest.raises(InputError, match="nfe must be at least 1"):
         lab.compare(lab.mixture(), {"a": Euler()}, nfe=[0])
+
+
+def test_a_model_is_compared_on_its_own_pictures(tmp_path, capsys):
+    tiny.save_sd1(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("a house\na boat\n")
+    out = tmp_path / "lab"
+    asked = ["lab", "compare", "--model", str(tmp_path / "model"), "--samplers", "euler"]
+    asked += ["--prompts", str(tmp_path / "prompts.txt"), "--nfe", "1,2", "--count", "3"]
+    assert command.main([*asked, "--guidance", "2", "--out", str(out), "--no-cache"]) == 0
+    rows = list(csv.DictReader(io.StringIO((out / "comparison.csv").read_text())))
+    assert [(r["evaluations"], r["steps"]) for r in rows] == [("1", "1"), ("2", "2")]
+    assert float(rows[0]["error"]) > float(rows[1]["error"]) > 0
+    assert rows[0]["order"] == rows[0]["attributes"] == ""
+    model, params = sdjax.load(tmp_path / "model")
+    problem = lab.Pictures(model, params, ["a house", "a boat"], guidance_scale=2.0, batch=2)
+    latents = problem.solve(Euler(), "karras", 2, 3)
+    settings = {"seeds": [0, 1], "steps": 2, "sampler": Euler(), "spacing": "karras"}
+    # What is shown is what text_to_image makes.
+    images = sdjax.text_to_image(
+        model, params, ["a house", "a boat"], guidance_scale=2.0, **settings
+    )
+    shown = problem._decoded(latents[:2])
+    assert np.abs(shown.astype(int) - images.astype(int)).max() <= 1
+    with pytest.raises(InputError, match="needs prompts"):
+        lab.Pictures(model, params, [])
