@@ -16,7 +16,13 @@ from sdjax.diffusion.analytic import GaussianMixture
 
 SHAPE = (3, 2, 2, 1)
 N, LONG = 6, 96
-DRAWS = np.random.default_rng(0).standard_normal((LONG, 2, *SHAPE)).astype(np.float32)
+DRAWS = np.concatenate(
+    [
+        np.random.default_rng(seed).standard_normal((LONG, k, *SHAPE))
+        for seed, k in ((0, 2), (7, 1))
+    ],
+    1,
+).astype(np.float32)
 START = np.random.default_rng(1).standard_normal(SHAPE).astype(np.float32)
 SIGMAS = spacings.karras(N, 0.1, 10.0)
 # The mixture of k_diffusion.Mixture.

@@ -13,11 +13,15 @@ from sdjax.diffusion.samplers.dpm_solver import DPMSolver, DPMSolverSingle
 from sdjax.diffusion.samplers.dpmpp import DPMSolverPP2M
 from sdjax.diffusion.samplers.dpmpp_sde import DPMSolverPP2MSDE, DPMSolverPP3MSDE, DPMSolverPPSDE
 from sdjax.diffusion.samplers.dpmpp_single import DPMSolverPP2SAncestral
+from sdjax.diffusion.samplers.er_sde import ERSDE
 from sdjax.diffusion.samplers.euler import Euler, EulerAncestral
+from sdjax.diffusion.samplers.gradient_estimation import GradientEstimation
 from sdjax.diffusion.samplers.heun import Heun
 from sdjax.diffusion.samplers.lms import LMS
 from sdjax.diffusion.samplers.pndm import IPNDM, PNDM
+from sdjax.diffusion.samplers.res import RESMultistep
 from sdjax.diffusion.samplers.sa_solver import SASolver
+from sdjax.diffusion.samplers.seeds import SEEDS2, SEEDS3, ExpHeun
 from sdjax.diffusion.samplers.unipc import UniPC
 
 __all__ = [
@@ -37,14 +41,20 @@ __all__ = [
     "DPMSolverPP3MSDE",
     "DPMSolverPPSDE",
     "DPMSolverSingle",
+    "ERSDE",
     "Euler",
     "EulerAncestral",
+    "ExpHeun",
+    "GradientEstimation",
     "Heun",
     "IPNDM",
     "LCM",
     "LMS",
     "PNDM",
+    "RESMultistep",
     "SASolver",
+    "SEEDS2",
+    "SEEDS3",
     "TCD",
     "UniPC",
 ]
