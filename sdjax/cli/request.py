@@ -43,6 +43,12 @@ SAMPLERS = (
     "lcm",
     "tcd",
     "consistency",
+    "res_multistep",
+    "gradient_estimation",
+    "exp_heun",
+    "seeds_2",
+    "seeds_3",
+    "er_sde",
 )
 SPACINGS = (
     "karras",

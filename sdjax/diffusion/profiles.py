@@ -12,10 +12,13 @@ from sdjax.diffusion.samplers import (
     DDPM,
     DEIS,
     DPM2,
+    ERSDE,
     IPNDM,
     LCM,
     LMS,
     PNDM,
+    SEEDS2,
+    SEEDS3,
     TCD,
     ConsistencyModel,
     DPM2Ancestral,
@@ -30,7 +33,10 @@ from sdjax.diffusion.samplers import (
     DPMSolverSingle,
     Euler,
     EulerAncestral,
+    ExpHeun,
+    GradientEstimation,
     Heun,
+    RESMultistep,
     SASolver,
     UniPC,
 )
@@ -66,6 +72,12 @@ SAMPLERS = {
     "lcm": LCM,
     "tcd": TCD,
     "consistency": ConsistencyModel,
+    "res_multistep": RESMultistep,
+    "gradient_estimation": GradientEstimation,
+    "exp_heun": ExpHeun,
+    "seeds_2": SEEDS2,
+    "seeds_3": SEEDS3,
+    "er_sde": ERSDE,
 }
 """Names for a command line; in code, pass the class's instance."""
 

@@ -32,6 +32,12 @@ SAMPLERS = (
     "lcm",
     "tcd",
     "consistency",
+    "res_multistep",
+    "gradient_estimation",
+    "exp_heun",
+    "seeds_2",
+    "seeds_3",
+    "er_sde",
 )
 """As in diffusion.profiles, which a test holds them against: refusing should not wait for jax."""
 
