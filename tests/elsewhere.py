@@ -6,7 +6,7 @@ The form is that of k_diffusion: `draw(i, sigma, sigma_next, k)` is the k-th uni
 import math
 
 import numpy as np
-from k_diffusion import ancestral_levels, slope
+from k_diffusion import CHURN, ancestral_levels, churned, slope
 
 
 def pairs(sigmas):
@@ -136,3 +136,65 @@ def seeds_3(denoise, x, sigmas, draw, r1=1 / 3, r2=2 / 3, eta=1.0, s_noise=1.0):
         b3 = p2(-g) / r2
         x = math.exp(-g) * x - (p1(-g) - b3) * x0 - b3 * x2 + s_noise * target * path
     return x
+
+
+def heunpp2(denoise, x, sigmas, draw, **churn):
+    last = len(sigmas) - 2
+    for i, target in enumerate(sigmas[1:]):
+        x, hat = churned(x, sigmas, i, draw, **(CHURN | churn))
+        d = slope(denoise, x, hat)
+        if i < last:
+            ahead = x + d * (target - hat)
+            d1 = slope(denoise, ahead, target)
+            if i == last - 1:
+                w1 = target / (2 * sigmas[0])
+                d = (1 - w1) * d + w1 * d1
+            else:
+                beyond = sigmas[i + 2]
+                d2 = slope(denoise, ahead + d1 * (beyond - target), beyond)
+                w1, w2 = target / (3 * sigmas[0]), beyond / (3 * sigmas[0])
+                d = (1 - w1 - w2) * d + w1 * d1 + w2 * d2
+        x = x + d * (target - hat)
+    return x
+
+
+def karras(n, low, high):
+    ramp = np.linspace(high ** (1 / 7), low ** (1 / 7), n)
+    return np.append(ramp**7, 0.0)
+
+
+def restart(denoise, x, sigmas, draw, segments=None, s_noise=1.0):
+    """A1111's restart_sampler; `draw` gets the number of the rise."""
+    n = len(sigmas) - 1
+    if segments is None:
+        segments = {}
+        if n >= 20:
+            more, times = (9, 1) if n < 36 else (n // 4, 2)
+            sigmas = karras(n - more * times, sigmas[-2], sigmas[0])
+            segments = {0.1: (more + 1, times, 2)}
+    where = {int(np.argmin(abs(sigmas - low))): rest for low, rest in segments.items()}
+    steps = []
+    for i in range(len(sigmas) - 1):
+        steps.append((sigmas[i], sigmas[i + 1]))
+        if i + 1 in where:
+            more, times, high = where[i + 1]
+            top = int(np.argmin(abs(sigmas - high)))
+            if top < i + 1:
+                levels = karras(more, sigmas[i + 1], sigmas[top])[:-1]
+                steps += list(zip(levels[:-1], levels[1:], strict=True)) * times
+    before, rises = None, 0
+    for sigma, target in steps:
+        if before is not None and sigma > before * (1 + 1e-9):
+            x = x + draw(rises, before, sigma, 0) * s_noise * (sigma**2 - before**2) ** 0.5
+            rises += 1
+        x = heun_step(denoise, x, sigma, target)
+        before = target
+    return x
+
+
+def heun_step(denoise, x, sigma, target):
+    d = slope(denoise, x, sigma)
+    there = x + d * (target - sigma)
+    if target > 0:
+        there = x + (d + slope(denoise, there, target)) / 2 * (target - sigma)
+    return there

@@ -44,6 +44,7 @@ from sdjax.diffusion.samplers import (
     GradientEstimation,
     Heun,
     RESMultistep,
+    Restart,
     SASolver,
     UniPC,
 )
@@ -104,6 +105,7 @@ CASES = {
     "seeds_2": Case(SEEDS2(), SECOND, chains=100),
     "seeds_3": Case(SEEDS3(), (2.7, 3.3), chains=60),
     "er_sde": Case(ERSDE(), chains=100),
+    "restart": Case(Restart(), SECOND),
     "consistency": Case(ConsistencyModel(0.01)),
 }
 

@@ -1,11 +1,15 @@
 """Trajectories against ComfyUI's equations, from starting noise to the final x."""
 
 import elsewhere
+import jax
+import jax.numpy as jnp
 import k_diffusion
+import numpy as np
 import pytest
 from peers import relative_error
-from sampler_runs import DRAWS, MIXTURE, SIGMAS, START, plain
+from sampler_runs import DRAWS, LONG, MIXTURE, SIGMAS, START, N, compiled, plain
 
+from sdjax.diffusion import sampling, spacings
 from sdjax.diffusion.samplers import (
     ERSDE,
     SEEDS2,
@@ -13,7 +17,9 @@ from sdjax.diffusion.samplers import (
     DPMSolverPP2M,
     ExpHeun,
     GradientEstimation,
+    HeunPP2,
     RESMultistep,
+    Restart,
 )
 from sdjax.errors import InputError
 from sdjax.types import leaves32
@@ -63,6 +69,71 @@ def test_trajectories_and_their_cost_are_comfyuis(kind, reference, options):
         assert ours.calls == theirs.calls
 
 
+CHURN = {"s_churn": 2.0, "s_tmin": 0.3, "s_tmax": 6.0, "s_noise": 1.01}
+
+
+@pytest.mark.parametrize("churn", [{}, CHURN], ids=label)
+def test_heunpp2_and_its_cost_are_comfyuis(churn):
+    """It looks ahead in levels that it is given: six steps to 0, three above it, two, and one."""
+    for sigmas in (SIGMAS, SIGMAS[:4], SIGMAS[[0, 2, -1]], SIGMAS[[0, -1]]):
+        theirs, ours = k_diffusion.Mixture(), Counted()
+        want = elsewhere.heunpp2(theirs, 10.0 * START, sigmas, recorded, **churn)
+        sampler = HeunPP2(sigmas, **churn)
+        got = plain(sampler, 10 * START, sigmas, denoise=ours)[-1].x
+        assert relative_error(got, want) <= (2e-5 if len(sigmas) > 3 else 1e-3)
+        assert ours.calls == theirs.calls
+
+
+def test_heunpp2_takes_ragged_batches_compiled_and_has_gradients():
+    rows = [SIGMAS, SIGMAS[:4], SIGMAS[[0, -1]]]
+    sampler = HeunPP2(spacings.pad(rows, LONG + 1))
+    got = compiled(sampler, 10 * START, rows)
+    for i, row in enumerate(rows):
+        x = 10.0 * START[i : i + 1]
+        want = elsewhere.heunpp2(k_diffusion.Mixture(), x, row, recorded)
+        np.testing.assert_allclose(got[i], want[0], rtol=1e-9)
+
+    def loss(x, sigmas):
+        return jnp.sum(sampling.sample(HeunPP2(sigmas), leaves32(MIXTURE), x, sigmas) ** 2)
+
+    sigmas = jnp.asarray(spacings.pad(rows), jnp.float32)
+    with jax.disable_jit():
+        grads = jax.grad(loss, (0, 1))(jnp.asarray(10 * START), sigmas)
+    assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in grads)
+
+
+@pytest.mark.parametrize(
+    ("n", "segments"),
+    [
+        (N, {0.3: (3, 2, 4.0)}),
+        (N, {0.1: (4, 1, 2.0), 1.0: (2, 3, 20.0)}),
+        (N, {}),
+        (N, {20.0: (4, 1, 2.0)}),  # above every level: none
+        *((n, None) for n in (N, 20, 36)),
+    ],
+)
+def test_restarts_and_their_cost_are_a1111s(n, segments):
+    """The levels from `schedule`, then the run; noise by the rise's number."""
+    sigmas = spacings.karras(n, 0.05, 12.0)
+    levels = Restart.schedule(sigmas, segments)
+    rises = np.flatnonzero(np.diff(levels) > 0)
+    draws = np.zeros_like(DRAWS[: len(levels) - 1])
+    draws[rises] = DRAWS[: len(rises)]
+    theirs, ours = k_diffusion.Mixture(), Counted()
+    want = elsewhere.restart(theirs, 10.0 * START, sigmas, recorded, segments, 1.02)
+    got = plain(Restart(1.02), 10 * START, levels, draws, ours)[-1].x
+    assert relative_error(got, want) <= 2e-5
+    assert ours.calls == theirs.calls
+
+
+def test_images_that_rise_beside_others_that_fall_come_out_as_alone():
+    plans = [Restart.schedule(SIGMAS, {0.3: (3, 2, 4.0)}), SIGMAS, SIGMAS[:4]]
+    got = compiled(Restart(), 10 * START, plans)
+    for i, levels in enumerate(plans):
+        alone = compiled(Restart(), 10 * START, [levels] * 3)
+        np.testing.assert_allclose(got[i], alone[i], rtol=1e-9)
+
+
 def test_the_two_step_exponential_solver_is_dpm_solver_2m_with_phi_weights():
     """res_multistep without noise, and "heun" of diffusers' multistep solver: one formula."""
     one, other = (
@@ -78,6 +149,8 @@ def test_unknown_options_are_refused():
         (lambda: ExpHeun("heun"), "solver"),
         (lambda: ERSDE(4), "order"),
         (lambda: ERSDE(scale="vp"), "scale"),
+        (lambda: Restart.schedule(SIGMAS[:3]), "falling to 0"),
+        (lambda: Restart.schedule(SIGMAS, {0.1: (1, 1, 2.0)}), "levels"),
     ):
         with pytest.raises(InputError, match=said):
             make()

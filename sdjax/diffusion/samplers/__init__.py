@@ -17,9 +17,11 @@ from sdjax.diffusion.samplers.er_sde import ERSDE
 from sdjax.diffusion.samplers.euler import Euler, EulerAncestral
 from sdjax.diffusion.samplers.gradient_estimation import GradientEstimation
 from sdjax.diffusion.samplers.heun import Heun
+from sdjax.diffusion.samplers.heunpp import HeunPP2
 from sdjax.diffusion.samplers.lms import LMS
 from sdjax.diffusion.samplers.pndm import IPNDM, PNDM
 from sdjax.diffusion.samplers.res import RESMultistep
+from sdjax.diffusion.samplers.restart import Restart
 from sdjax.diffusion.samplers.sa_solver import SASolver
 from sdjax.diffusion.samplers.seeds import SEEDS2, SEEDS3, ExpHeun
 from sdjax.diffusion.samplers.unipc import UniPC
@@ -47,11 +49,13 @@ __all__ = [
     "ExpHeun",
     "GradientEstimation",
     "Heun",
+    "HeunPP2",
     "IPNDM",
     "LCM",
     "LMS",
     "PNDM",
     "RESMultistep",
+    "Restart",
     "SASolver",
     "SEEDS2",
     "SEEDS3",
