@@ -275,7 +275,7 @@ def test_recomputing_keeps_less_than_half(capsys):
 
     def kept(remat):
         made = dataclasses.replace(stage, remat=remat)
-        forward = lambda vae: made._forward(vae, (), pixels, keys)[0]  # noqa: E731
+        forward = lambda vae: made._forward(vae, {}, (), pixels, keys)[0]  # noqa: E731
         print_saved_residuals(forward, params["vae"])
         lines = capsys.readouterr().out.splitlines()
         shapes = [re.match(r"\w+\[([\d,]+)\]", line) for line in lines if "argument" not in line]
@@ -310,7 +310,7 @@ def test_an_ema_codebook_follows_the_latents_and_the_params_own_is_not_used():
     np.testing.assert_allclose(saved["quantize"]["embedding"]["embedding"], table, rtol=1e-5)
     batch, keys = images()
     (made, regular), (_, after, metrics) = peers.quick_jit(stage._forward)(
-        params, extra, first_stage.to_float(batch["pixels"]), keys
+        params, {}, extra, first_stage.to_float(batch["pixels"]), keys
     )
     with torch.no_grad():
         h = peers.nhwc(model.encode(peers.nchw(batch["pixels"] / np.float32(127.5) - 1)).latents)

@@ -41,7 +41,8 @@ def batch(plans: Sequence[Plan]) -> Plan:
         ]
     if len({jax.tree.structure(s) for s in samplers}) != 1:
         raise InputError("plans of one batch must have one kind of sampler")
-    sampler = jax.tree.map(functools.partial(_join, n), *samplers)
+    planned = getattr(samplers[0], "planned", ())
+    sampler = jax.tree_util.tree_map_with_path(functools.partial(_join, n, planned), *samplers)
 
     notes = dict.fromkeys(plan.note for plan in plans if plan.note)
     return Plan(
@@ -61,12 +62,12 @@ def _landings(plan: Plan) -> np.ndarray:
     return plan.sigmas[1:] if given is None else np.asarray(given)
 
 
-def _join(n: int, *leaves: Any) -> Any:
-    """One hyper-parameter of all samplers: as it is where they agree, else [b, 1, 1, 1]; one of
-    every step, padded to n as [n, b, 1, 1, 1].
+def _join(n: int, planned: Sequence[str], path: tuple, *leaves: Any) -> Any:
+    """One hyper-parameter of all samplers: as it is where they agree, else [b, 1, 1, 1]; a planned
+    one of every step, padded to n as [n, b, 1, 1, 1].
     """
-    if np.ndim(leaves[0]) == 1:
-        return spacings.pad(leaves, n)
+    if np.ndim(leaves[0]) == 1 and getattr(path[0], "name", "") in planned:
+        return spacings.pad([np.asarray(leaf) for leaf in leaves], n)
     if all(np.array_equal(leaf, leaves[0]) for leaf in leaves):
         return leaves[0]
     return np.stack([np.asarray(leaf) for leaf in leaves]).reshape(-1, 1, 1, 1)
