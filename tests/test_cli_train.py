@@ -175,3 +175,15 @@ def test_train_refuses_before_jax_loads():
     )
     environment = os.environ | {"PYTHONPATH": ROOT}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
+def test_processes_that_start_at_once_share_a_folder(tmp_path):
+    """What another is just writing is no stranger's; what stands there by another name is."""
+    out = tmp_path / "pod"
+    out.mkdir()
+    run = settings.read("scenes-vae", [f"run.out={out}"])
+    (out / f".{folder.SETTINGS}half").write_text("")
+    assert folder.prepare(run) == out
+    (out / folder.SETTINGS).rename(out / "other")
+    with pytest.raises(InputError, match="holds no run"):
+        folder.prepare(run)

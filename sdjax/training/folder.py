@@ -28,7 +28,9 @@ def prepare(run: Run, *, resume: bool = True) -> Path:
         raise InputError(f"run.out {run.run.out} is no folder of this machine: mount it first")
     if os.path.lexists(out) and not out.is_dir():
         raise InputError(f"run.out {out} is a file: give another name")
-    if out.is_dir() and any(out.iterdir()) and not (out / SETTINGS).is_file():
+    # A pod's processes come at once: one may see what another is just writing.
+    others = out.is_dir() and any(not p.name.startswith(f".{SETTINGS}") for p in out.iterdir())
+    if others and not (out / SETTINGS).is_file():
         raise InputError(
             f"run.out {out} is not empty and holds no run ({SETTINGS} is not there): "
             "give another folder"
