@@ -75,7 +75,15 @@ class Comparison(NamedTuple):
 
     def markdown(self) -> str:
         """A table a spacing, its samplers by their error, or else distance, at most evaluations."""
-        return "\n".join(_table(self, s) for s in dict.fromkeys(c.spacing for c in self.cells))
+        tables = [_table(self, s) for s in dict.fromkeys(c.spacing for c in self.cells)]
+        chance = "" if self.chance is None else f" Two sets of draws are {self.chance:.2g} apart."
+        head = (
+            f"# Samplers on {self.problem}\n\n{self.about}\n{self.samples:,} samples in each cell, "
+            "all from the same noise. Error: from what is right for it, as a share of the "
+            f"deviation.\nDistance: sliced Wasserstein, from draws of the data.{chance}\n"
+            "The numbers in the head are evaluations of the network that were allowed.\n"
+        )
+        return "\n".join([head, *tables])
 
     def html(self) -> str:
         """One page that needs nothing beside it."""
