@@ -13,6 +13,7 @@ from peers import QUICK
 
 from sdjax.diffusion import noise, sampling, spacings
 from sdjax.diffusion.analytic import GaussianMixture
+from sdjax.types import leaves32
 
 SHAPE = (3, 2, 2, 1)
 N, LONG = 6, 96
@@ -60,3 +61,24 @@ def plain(sampler, x, sigmas, draws=DRAWS, denoise=None, double=False):
             carry = sampling.scan(sampler, denoise, carry, sigmas, tape, i, 1)
             carries.append(carry)
     return carries
+
+
+def recorded(i, sigma, sigma_next, k):
+    return DRAWS[i, k].astype(float)
+
+
+class Counted:
+    """The mixture; it counts its calls."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, x, sigma):
+        self.calls += 1
+        return leaves32(MIXTURE)(x, sigma)
+
+
+def label(value):
+    if isinstance(value, dict):
+        return "-".join(f"{k}{v}" for k, v in value.items()) or "default"
+    return value.__name__

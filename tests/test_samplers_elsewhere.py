@@ -7,7 +7,19 @@ import k_diffusion
 import numpy as np
 import pytest
 from peers import relative_error
-from sampler_runs import DRAWS, LONG, MIXTURE, SIGMAS, START, N, compiled, plain
+from sampler_runs import (
+    DRAWS,
+    LONG,
+    MIXTURE,
+    SIGMAS,
+    START,
+    Counted,
+    N,
+    compiled,
+    label,
+    plain,
+    recorded,
+)
 
 from sdjax.diffusion import sampling, spacings
 from sdjax.diffusion.samplers import (
@@ -35,27 +47,6 @@ CASES = [
     *((ERSDE, elsewhere.er_sde, {"order": order}) for order in (1, 2, 3)),
     *((ERSDE, elsewhere.er_sde, {"scale": scale, "s_noise": 1.02}) for scale in ("sde", "ode")),
 ]
-
-
-def recorded(i, sigma, sigma_next, k):
-    return DRAWS[i, k].astype(float)
-
-
-class Counted:
-    """The mixture; it counts its calls."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self, x, sigma):
-        self.calls += 1
-        return leaves32(MIXTURE)(x, sigma)
-
-
-def label(value):
-    if isinstance(value, dict):
-        return "-".join(f"{k}{v}" for k, v in value.items()) or "default"
-    return value.__name__
 
 
 @pytest.mark.parametrize(("kind", "reference", "options"), CASES, ids=label)

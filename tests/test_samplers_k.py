@@ -8,7 +8,7 @@ import k_diffusion
 import numpy as np
 import pytest
 from peers import QUICK, relative_error
-from sampler_runs import DRAWS, MIXTURE, SIGMAS, START, compiled, plain
+from sampler_runs import MIXTURE, SIGMAS, START, Counted, compiled, label, plain, recorded
 
 from sdjax.diffusion import noise, sampling
 from sdjax.diffusion.samplers import (
@@ -45,27 +45,6 @@ CASES = [
     (DPMSolverPP2MSDE, k_diffusion.dpmpp_2m_sde, {"solver": "heun"}),
     *((DPMSolverPP3MSDE, k_diffusion.dpmpp_3m_sde, options) for options in ANCESTRAL),
 ]
-
-
-def recorded(i, sigma, sigma_next, k):
-    return DRAWS[i, k].astype(float)
-
-
-class Counted:
-    """The mixture; it counts its calls."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self, x, sigma):
-        self.calls += 1
-        return leaves32(MIXTURE)(x, sigma)
-
-
-def label(value):
-    if isinstance(value, dict):
-        return "-".join(f"{k}{v}" for k, v in value.items()) or "default"
-    return value.__name__
 
 
 @pytest.mark.parametrize(("kind", "reference", "options"), CASES, ids=label)

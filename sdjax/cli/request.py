@@ -13,64 +13,10 @@ from typing import Any, NamedTuple
 
 from sdjax import images
 from sdjax.cli.show import note
+from sdjax.diffusion.names import SAMPLERS, SPACINGS
 from sdjax.errors import InputError
 from sdjax.text import read_prompts, valid
 
-# As in diffusion.profiles, which a test holds them against: asking should not wait for jax.
-SAMPLERS = (
-    "euler",
-    "euler_ancestral",
-    "heun",
-    "ddim",
-    "ddpm",
-    "dpmpp_2m",
-    "dpm_2",
-    "dpm_2_ancestral",
-    "lms",
-    "dpm_fast",
-    "dpm_adaptive",
-    "dpmpp_2s_ancestral",
-    "dpmpp_sde",
-    "dpmpp_2m_sde",
-    "dpmpp_3m_sde",
-    "dpm_solver",
-    "dpm_solver_single",
-    "deis",
-    "unipc",
-    "sa_solver",
-    "plms",
-    "ipndm",
-    "lcm",
-    "tcd",
-    "consistency",
-    "res_multistep",
-    "gradient_estimation",
-    "exp_heun",
-    "seeds_2",
-    "seeds_3",
-    "er_sde",
-)
-SPACINGS = (
-    "karras",
-    "exponential",
-    "polyexponential",
-    "lu",
-    "kl_optimal",
-    "beta_sigmas",
-    "vp",
-    "linear_quadratic",
-    "align_your_steps",
-    "align_your_steps_sdxl",
-    "leading",
-    "trailing",
-    "linspace",
-    "simple",
-    "normal",
-    "sgm_uniform",
-    "ddim_uniform",
-    "quad",
-    "beta",
-)
 NOISES = ("torch-cpu", "torch-cuda")
 DTYPES = ("float32", "bfloat16", "float16")
 LAST_SEED = 2**64 - 1

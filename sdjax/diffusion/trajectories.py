@@ -88,7 +88,7 @@ def draws(sampler: Sampler, shape: tuple[int, ...]) -> int:
 
     Found by tracing one step: draws that are counted inside the program are not seen.
     """
-    if not _may_draw(sampler):
+    if not may_draw(sampler):
         return 0
     most = 0
 
@@ -169,7 +169,8 @@ def _count(sampler: Sampler, sigmas: np.ndarray, denoise: Denoiser, x: Latents) 
     return asked
 
 
-def _may_draw(sampler: Sampler) -> bool:
+def may_draw(sampler: Sampler) -> bool:
+    """Whether a sampler draws noise; one that does not say may."""
     stochastic = getattr(sampler, "stochastic", True)
     return isinstance(stochastic, jax.core.Tracer) or bool(np.any(stochastic))
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdjax.diffusion.trajectories import evaluations
+from sdjax.diffusion.trajectories import evaluations, may_draw
 from sdjax.errors import InputError
 from sdjax.lab.distances import relative_error, sliced_wasserstein
 from sdjax.lab.problems import Problem
@@ -176,13 +176,13 @@ def compare(
             if not steps:
                 continue
             found = problem.solve(sampler, spacing, steps, count)
-            error = None if stochastic(sampler) else relative_error(found, right)
+            error = None if may_draw(sampler) else relative_error(found, right)
             finite = np.isfinite(found).all()
             distance = sliced_wasserstein(found, goal) if finite else math.inf
             picture = problem.picture(found[:_PICTURED], right[:_PICTURED])
             shown = problem.attributes(found)
             cells.append(Cell(name, spacing, allowed, made, steps, error, distance, shown, picture))
-        if not stochastic(sampler):
+        if not may_draw(sampler):
             order = problem.order(sampler, spacing)
             if order is not None:
                 orders[name, spacing] = order
@@ -230,11 +230,6 @@ def afforded(sampler: Sampler, sigmas: Callable[[int], np.ndarray], nfe: int) ->
         # As if every step cost the same; at least one step less.
         steps = min(steps - 1, max(1, round(steps * nfe / made)))
     return 0, 0
-
-
-def stochastic(sampler: Any) -> bool:
-    """Whether a sampler draws noise; one that does not say is taken to."""
-    return bool(np.any(getattr(sampler, "stochastic", True)))
 
 
 _costs: dict[Any, int] = {}

@@ -16,6 +16,7 @@ from sdjax.diffusion.noise import keys
 from sdjax.diffusion.samplers import Heun
 from sdjax.diffusion.sampling import sample
 from sdjax.diffusion.schedules import Schedule
+from sdjax.diffusion.trajectories import may_draw
 from sdjax.lab import drawing
 from sdjax.types import Denoiser, Sampler
 
@@ -102,7 +103,7 @@ class Analytic:
         levels = self.sigmas(spacing, steps)
         with jax.enable_x64(True):
             sampler = jax.tree.map(_leaf64, sampler)
-            noise = keys(range(count)) if _draws(sampler) else None
+            noise = keys(range(count)) if may_draw(sampler) else None
             start = jnp.asarray(_noise(count)) * levels[0]
             return np.asarray(_solved(sampler, self.denoise, start, jnp.asarray(levels), noise))
 
@@ -204,7 +205,3 @@ def _noise(count: int) -> Samples:
 
 def _leaf64(leaf: Any) -> Any:
     return jnp.asarray(leaf, jnp.float64) if isinstance(leaf, int | float) else leaf
-
-
-def _draws(sampler: Sampler) -> bool:
-    return bool(np.any(getattr(sampler, "stochastic", True)))

@@ -2,48 +2,14 @@
 
 from dataclasses import dataclass
 
+from sdjax.diffusion.names import SAMPLERS
 from sdjax.training.tables import REQUIRED, choice, flag, number, side, text, texts, whole
 
 KINDS = ("first_stage", "second_stage", "scenes_text", "scenes_measure")
 NETWORKS = ("unet", "text_encoder", "text_encoder_2", "vae", "decoder")
-SAMPLERS = (
-    "euler",
-    "euler_ancestral",
-    "heun",
-    "ddim",
-    "ddpm",
-    "dpmpp_2m",
-    "dpm_2",
-    "dpm_2_ancestral",
-    "lms",
-    "dpm_fast",
-    "dpm_adaptive",
-    "dpmpp_2s_ancestral",
-    "dpmpp_sde",
-    "dpmpp_2m_sde",
-    "dpmpp_3m_sde",
-    "dpm_solver",
-    "dpm_solver_single",
-    "deis",
-    "unipc",
-    "sa_solver",
-    "plms",
-    "ipndm",
-    "lcm",
-    "tcd",
-    "consistency",
-    "res_multistep",
-    "gradient_estimation",
-    "exp_heun",
-    "seeds_2",
-    "seeds_3",
-    "er_sde",
-)
-"""As in diffusion.profiles, which a test holds them against: refusing should not wait for jax."""
-
 DISTANCES = ("l2", "l1", "huber")
 TIMESTEPS = ("uniform", "cubic", "logit_normal")
-"""As in training.losses, for the same reason."""
+"""As in training.losses, which a test holds them against: refusing should not wait for jax."""
 
 FIRST, SECOND = "first_stage", "second_stage"
 
