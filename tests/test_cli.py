@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from sdjax import images
+from sdjax import bundled, images
 from sdjax.cli import main, request
 from sdjax.errors import InputError
 
@@ -122,6 +122,18 @@ def test_generate_needs_a_prompt_and_a_model(tmp_path, capsys):
     assert "holds no prompts" in refused(capsys, "generate", "--prompts", "prompts.txt")
 
 
+def test_without_the_bundled_model_a_sentence_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bundled, "HOME", tmp_path / "assets")
+    (tmp_path / "scenes").mkdir()  # a folder of one's own, which is ./scenes
+    for asked in (["inspect"], ["convert", "--dtype=float32"], ["generate", "x", "--model"]):
+        new = ["new"] if "convert" in asked else []
+        sentence = refused(capsys, *asked, "scenes", *new)
+        assert sentence.startswith(
+            f"the bundled model, scenes, is not in this copy of sdjax ({tmp_path}"
+        )
+    assert "model_index.json" in refused(capsys, "inspect", "./scenes")
+
+
 def test_other_commands_refuse_in_a_sentence_too(tmp_path, capsys):
     (tmp_path / "there").write_text("x")
     assert "nowhere" in refused(capsys, "inspect", "nowhere")
@@ -169,6 +181,16 @@ def model(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def bundle(model, tmp_path, monkeypatch):
+    """The tiny model in the bundled one's place, stored as that one is."""
+    import sdjax
+
+    monkeypatch.setattr(bundled, "HOME", tmp_path / "package" / "scenes")
+    bundled.HOME.parent.mkdir()
+    return sdjax.save(bundled.HOME, *sdjax.load(model), dtype="float16")
+
+
 @pytest.fixture(scope="module")
 def first(model, tmp_path_factory):
     """One run: two prompts, two seeds, everything set; its programs are kept in `cache`."""
@@ -191,6 +213,26 @@ def test_images_are_named_by_prompt_and_seed_and_carry_their_settings(first, mod
     wanted |= {"spacing": "leading", "model": request.from_home(str(model)), "dtype": "float32"}
     wanted |= {"noise": "torch-cpu"}
     assert {key: settings[key] for key in wanted} == wanted
+
+
+def test_scenes_is_the_bundled_model_whatever_lies_here(bundle, model, tmp_path, capsys):
+    import jax
+    import tiny
+
+    import sdjax
+    from sdjax.model import compute_dtype
+
+    (tmp_path / "scenes").mkdir()
+    (loaded, params), (there, same) = sdjax.load(), sdjax.load(bundle)
+    assert loaded == there and tiny.equal(params, same)
+    assert {p.dtype.name for p in jax.tree.leaves(params)} == {"float16"}
+    assert compute_dtype(params["unet"]) == np.float32
+    with pytest.raises(InputError, match="model_index.json"):
+        sdjax.load(images.Path("scenes"))
+    assert main(["inspect", "scenes"]) == 0
+    assert str(bundle) in capsys.readouterr().out
+    sentence = refused(capsys, "convert", "scenes", str(bundle), "--overwrite")
+    assert "is what is to be converted" in sentence
 
 
 def test_the_hash_is_the_one_that_inspect_says(first, model, capsys):

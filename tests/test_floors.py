@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "sdjax"
 
 FLOORS = (
-    {"types", "errors", "config"},
+    {"types", "errors", "config", "bundled"},
     {"diffusion", "models", "images"},
     {"parallel"},
     {"checkpoints", "model", "text"},

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sdjax import bundled
 from sdjax.checkpoints import detect, folder, hub, naming, single_file
 from sdjax.checkpoints.tensors import Tensor, floating
 from sdjax.diffusion.schedules import Schedule
@@ -63,7 +64,7 @@ class Source:
 
 
 def load(
-    where: str | os.PathLike,
+    where: str | os.PathLike = bundled.NAME,
     *,
     dtype: Any = None,
     config: str | os.PathLike | None = None,
@@ -78,7 +79,8 @@ def load(
 
     Args:
         where: a diffusers folder, a single file (.safetensors, .ckpt), a model's folder in the
-            Hub's cache, or a Hub id ("org/name").
+            Hub's cache, or a Hub id ("org/name"). "scenes" is the small model that comes with
+            sdjax, whatever the working folder holds: a folder of that name is "./scenes".
         dtype: "float32", "bfloat16" or "float16" to cast to; None keeps what is stored. Networks
             compute in bfloat16 where their weights are bfloat16 and in float32 otherwise, float16
             being too narrow: on an accelerator, load a float16 checkpoint as "bfloat16".
@@ -140,7 +142,7 @@ def open_checkpoint(
     Raises:
         InputError: as `load`, but for what only the weights themselves show.
     """
-    path = Path(where)
+    path = bundled.folder() if bundled.is_named(where) else Path(where)
     if not path.exists() and not path.is_symlink() and hub.is_id(os.fspath(where)):
         path = hub.download(os.fspath(where), variant)
     if path.is_dir():

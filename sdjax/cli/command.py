@@ -11,7 +11,10 @@ from sdjax.cli.request import NOISES, SAMPLERS, SPACINGS
 from sdjax.cli.show import Interrupted, note, say
 from sdjax.errors import InputError
 
-_MODEL = "a diffusers folder, a .safetensors or .ckpt file, or a hub id such as org/name"
+_MODEL = (
+    "a diffusers folder, a .safetensors or .ckpt file, a hub id such as org/name, or scenes, the "
+    "model that comes with sdjax"
+)
 
 _CONFIG = "for a single file: a shipped config's name, or a TOML file"
 

@@ -4,6 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
+from sdjax import bundled
 from sdjax.cli.request import DTYPES, known
 from sdjax.cli.show import Progress, say
 from sdjax.errors import InputError
@@ -16,7 +17,8 @@ def run(asked: argparse.Namespace) -> None:
     if os.path.lexists(out):
         if not asked.overwrite and not (out.is_dir() and not any(out.iterdir())):
             raise InputError(f"{out} is there already: give another name, or --overwrite")
-        if os.path.exists(asked.path) and os.path.realpath(asked.path) == os.path.realpath(out):
+        place = bundled.HOME if bundled.is_named(asked.path) else asked.path
+        if os.path.exists(place) and os.path.realpath(place) == os.path.realpath(out):
             raise InputError(f"{out} is what is to be converted: give another name")
     if not out.absolute().parent.is_dir():
         raise InputError(f"{out.absolute().parent} is not a folder: make it first")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sdjax import images
+from sdjax import bundled, images
 from sdjax.cli import request
 from sdjax.cli.request import Request
 from sdjax.cli.show import Interrupted, Progress, note, printable, say
@@ -120,18 +120,18 @@ def completed(wanted: Request, model: "Model", source: "Source") -> Request:
     return wanted._replace(
         height=height,
         width=width,
-        dtype=wanted.dtype or default_dtype(source, cpu),
+        dtype=wanted.dtype or default_dtype(source, cpu or bundled.is_meant(wanted.model)),
         batch=wanted.batch or min(device_count() * (1 if cpu else 4), _total(wanted)),
     )
 
 
-def default_dtype(source: "Source", cpu: bool) -> str | None:
-    """The dtype where none is asked for; None is as stored.
+def default_dtype(source: "Source", wide: bool) -> str | None:
+    """The dtype where none is asked for, `wide` (on a CPU, or small) in float32; None is as stored.
 
     Networks compute in float32 unless the weights are bfloat16, so float16 as stored would take the
     time and memory of float32.
     """
-    if cpu:
+    if wide:
         return "float32"
     stored = {tensor.dtype.name for tensor in source.networks["unet"].tensors.values()}
     if "float16" not in stored:
@@ -181,7 +181,8 @@ def common_settings(wanted: Request, model: "Model") -> dict[str, Any]:
     if plan.note:
         note(plan.note)
     names = {kind: name for name, kind in profiles.SAMPLERS.items()}
-    here, config = os.path.exists(wanted.model), wanted.config
+    here = os.path.exists(wanted.model) and not bundled.is_named(wanted.model)
+    config = wanted.config
     return {
         "version": __version__,
         "negative_prompt": wanted.negative,

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sdjax import images
+from sdjax import bundled, images
 from sdjax.cli.show import note
 from sdjax.diffusion.names import SAMPLERS, SPACINGS
 from sdjax.errors import InputError
@@ -198,6 +198,9 @@ def _model(value: Any, source: str | None) -> str:
             "no model was given: add --model PATH, a diffusers folder, a .safetensors or .ckpt "
             "file, or a hub id such as org/name"
         )
+    if bundled.is_named(value):
+        bundled.folder()
+        return value
     value = near_home(valid(value, "model"))
     if "\0" in value:
         raise InputError(f"model {ascii(value):.80} is no path")
