@@ -177,7 +177,9 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tiny.save_sd1(folder)
     path = folder / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps(tiny.SCHEDULER | {"thresholding": True}))
+    path.write_text(
+        json.dumps(tiny.SCHEDULER | {"_class_name": "DDPMScheduler", "variance_type": "learned"})
+    )
     return folder
 
 
@@ -284,7 +286,7 @@ def test_a_prompt_file_gives_an_image_a_line(first, model, tmp_path, capsys):
     made = [images.Path(line).name for line in out.splitlines()]
     assert made == ["one-3.png", images.safe_name(long, 3) + ".png", "contact-sheet.png"]
     assert err.count("cut: 'the  End'") == 1 and "is over 77 tokens" in err
-    assert "thresholding" in err
+    assert "variance_type" in err
 
 
 def test_a_home_that_is_read_only_keeps_no_programs(tmp_path, monkeypatch, capsys):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from scheduler_peers import FAST
 
-from sdjax.diffusion import guidance, noise, profiles, sampling
-from sdjax.diffusion.plan import batch
+from sdjax.diffusion import noise, profiles, sampling
+from sdjax.diffusion.plan import batch, bounded
 from sdjax.diffusion.samplers import DDIM, PNDM, EulerAncestral
 from sdjax.diffusion.schedules import Schedule, planned_timestep, to_x0
 from sdjax.errors import InputError
@@ -19,6 +19,11 @@ from sdjax.types import leaves32
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 ZERO = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+THRESHOLD = {
+    "thresholding": True,
+    "dynamic_thresholding_ratio": 0.6,
+    "sample_max_value": 1.5,
+}
 SHAPE = (4, 4, 2)
 
 CONFIGS = {
@@ -30,6 +35,9 @@ CONFIGS = {
     "ddim-v": ("DDIMScheduler", {"clip_sample": False, "prediction_type": "v_prediction"}),
     "ddim-x0": ("DDIMScheduler", {"clip_sample": False, "prediction_type": "sample"}),
     "ddim-cosine": ("DDIMScheduler", {"clip_sample": False, "beta_schedule": "squaredcos_cap_v2"}),
+    "ddim-threshold": ("DDIMScheduler", THRESHOLD),
+    "ddpm-threshold": ("DDPMScheduler", THRESHOLD | {"clip_sample": True}),
+    "dpm-threshold": ("DPMSolverMultistepScheduler", THRESHOLD | {"use_karras_sigmas": True}),
     "ddpm": ("DDPMScheduler", {"clip_sample": False}),
     "ddpm-clip": ("DDPMScheduler", {"clip_sample": True, "clip_sample_range": 0.6}),
     "ddpm-large": ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_large"}),
@@ -130,14 +138,14 @@ def _torch_run(config, steps, x, draws):
 
     theirs = _theirs(config)
     theirs.set_timesteps(steps)
-    tape = iter(torch.from_numpy(d) for d in draws)
+    tape = iter(torch.from_numpy(d)[None] for d in draws)
     module = type(theirs).__module__
-    x = torch.from_numpy(x) * theirs.init_noise_sigma
+    x = torch.from_numpy(x)[None] * theirs.init_noise_sigma
     with unittest.mock.patch(f"{module}.randn_tensor", lambda *a, **k: next(tape), create=True):
         for t in theirs.timesteps:
             out = network(theirs.scale_model_input(x, t), t)
             x = theirs.step(out, t, x).prev_sample
-    return x.numpy()
+    return x[0].numpy()
 
 
 def _denoise(schedule, sigmas, timesteps, x, sigma):
@@ -146,10 +154,8 @@ def _denoise(schedule, sigmas, timesteps, x, sigma):
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=FAST)
-def _run(schedule, sampler, sigmas, timesteps, clip, x, draws):
-    denoise = functools.partial(_denoise, schedule, sigmas, timesteps)
-    if clip is not None:
-        denoise = guidance.clip(denoise, clip)
+def _run(schedule, sampler, sigmas, timesteps, clip, threshold, x, draws):
+    denoise = bounded(functools.partial(_denoise, schedule, sigmas, timesteps), clip, threshold)
     return sampling.sample(sampler, denoise, x, sigmas, noise.Tape(draws))
 
 
@@ -163,8 +169,10 @@ def _cases(cls):
         for steps in (1, 2, 3, 10, 21):
             plan = profiles.diffusers(config, steps)
             schedule = Schedule.from_config(config)
-            kind = DDIM if cls == "DDIMScheduler" else jax.tree.structure(plan.sampler)
-            groups[schedule, kind, plan.clip].append((name, steps, plan))
+            kind = jax.tree.structure(plan.sampler)
+            if isinstance(plan.sampler, DDIM):
+                kind = DDIM, plan.sampler.threshold
+            groups[schedule, kind, plan.clip, plan.threshold].append((name, steps, plan))
     return [(key[0], runs) for key, runs in groups.items()]
 
 
@@ -176,7 +184,7 @@ def test_trajectories_end_where_diffusers_ends(cls):
         x = rng.standard_normal((len(runs), *SHAPE), np.float32)
         draws = rng.standard_normal((21, len(runs), *SHAPE), np.float32)
         plan = leaves32(batch([plan for *_, plan in runs])._replace(note=None))
-        fields = (plan.sampler, plan.sigmas, plan.timesteps, plan.clip)
+        fields = (plan.sampler, plan.sigmas, plan.timesteps, plan.clip, plan.threshold)
         ours = _run(schedule, *fields, x * plan.init_scale, draws) * plan.final_scale
         for i, (name, steps, _) in enumerate(runs):
             theirs = _torch_run(_config(name), steps, x[i], draws[:, i])
@@ -237,8 +245,26 @@ def test_stable_diffusions_own_config_is_plms():
 
 
 def test_what_is_left_out_is_said():
-    plan = profiles.diffusers({**_config("dpm"), "thresholding": True}, 10)
-    assert plan.note == "thresholding is left out: guidance.threshold(denoise) does it"
+    plan = profiles.diffusers({**_config("ddpm"), "variance_type": "learned"}, 10)
+    assert plan.note == "variance_type learned needs a variance that the network does not tell"
+
+
+def test_thresholding_takes_the_place_of_clipping_where_diffusers_knows_it():
+    on = {**SD, "thresholding": True, "clip_sample": True}
+    for name, config, want in (
+        ("DDPMScheduler", {}, (0.995, 1.0, 1.0)),
+        ("LCMScheduler", {"sample_max_value": 2.0}, (0.995, 1.0, 2.0)),
+        ("EDMDPMSolverMultistepScheduler", {"sigma_data": 0.5}, (0.995, 2.0, 2.0)),
+        ("UniPCMultistepScheduler", {}, (0.995, 1.0, 1.0)),
+        ("UniPCMultistepScheduler", {"predict_x0": False, "final_sigmas_type": "sigma_min"}, None),
+        ("TCDScheduler", {}, None),
+        ("EulerDiscreteScheduler", {}, None),
+    ):
+        plan = profiles.diffusers({"_class_name": name, **on, **config}, 4)
+        assert plan.threshold == want and plan.clip is None and plan.note is None
+    ddim = profiles.diffusers({"_class_name": "DDIMScheduler", **on}, 4)
+    assert ddim.sampler.threshold == (0.995, 1.0, 1.0) and ddim.sampler.clip is None
+    assert ddim.threshold is None  # it leaves the direction alone
 
 
 @pytest.mark.parametrize(
@@ -260,6 +286,8 @@ def test_what_is_left_out_is_said():
         ({"trained_betas": [0.1, "x"]}, "trained_betas"),
         ({"trained_betas": [0.1, 2.0]}, "trained_betas"),
         ({"set_alpha_to_one": 1}, "set_alpha_to_one"),
+        ({"thresholding": True, "sample_max_value": 0}, "sample_max_value"),
+        (THRESHOLD | {"dynamic_thresholding_ratio": 2}, "dynamic_thresholding_ratio"),
     ],
 )
 def test_bad_configs_are_refused_by_key(change, said):
@@ -281,6 +309,7 @@ def test_any_sampler_takes_any_spacing(sampler, spacing):
     plan = profiles.k_diffusion(schedule, sampler, spacing, 12)
     assert type(plan.sampler) is profiles.SAMPLERS[sampler]
     steps = 13 if spacing == "ddim_uniform" else 12  # every 83rd of 1000
+    steps = len(plan.timesteps) if sampler == "dpm_fast" else steps  # as many evaluations
     assert plan.sigmas.shape == (steps + 1,) and plan.timesteps.shape == (steps,)
     assert (np.diff(plan.sigmas) < 0).all() and plan.sigmas[-1] == 0
     np.testing.assert_allclose(schedule.timestep(plan.sigmas[:-1]), plan.timesteps, atol=0.02)

@@ -14,6 +14,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from sdjax.diffusion.samplers.ddim import thresholded
 from sdjax.diffusion.samplers.euler import ancestral
 from sdjax.diffusion.sampling import pick
 from sdjax.types import Array, Denoiser, Latents, Sigma, pytree
@@ -208,11 +209,7 @@ def _threshold(
     x: Latents,
     sigma: Sigma,
 ) -> Latents:
-    x0 = denoise(x, sigma)
-    rows = jnp.abs(x0).reshape(x0.shape[0], -1)
-    bound = jnp.clip(jnp.quantile(rows, jnp.asarray(ratio), axis=1), limit, maximum)
-    bound = bound[:, None, None, None]
-    return jnp.clip(x0, -bound, bound) / bound * limit
+    return thresholded(denoise(x, sigma), ratio, limit, maximum)
 
 
 def _remat(denoise: Denoiser, x: Latents, sigma: Sigma) -> Latents:

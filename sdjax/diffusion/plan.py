@@ -7,10 +7,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
-from sdjax.diffusion import spacings
+from sdjax.diffusion import guidance, spacings
 from sdjax.errors import InputError
-from sdjax.types import Sampler
+from sdjax.types import Denoiser, Sampler
+
+Threshold = tuple[ArrayLike, ArrayLike, ArrayLike]
+"""Ratio, limit and maximum of `guidance.threshold`."""
 
 
 class Plan(NamedTuple):
@@ -23,6 +27,14 @@ class Plan(NamedTuple):
     final_scale: float | np.ndarray = 1.0
     note: str | None = None  # what differs from the program that the config was written for
     clip: float | None = None  # estimates are kept within -clip .. clip: `guidance.clip`
+    threshold: Threshold | None = None  # or thresholded with these: `guidance.threshold`
+
+
+def bounded(denoise: Denoiser, clip: ArrayLike | None, threshold: Threshold | None) -> Denoiser:
+    """A (guided) denoiser whose estimates are clipped or thresholded, as a plan says."""
+    if threshold is not None:
+        return guidance.threshold(denoise, *threshold)
+    return denoise if clip is None else guidance.clip(denoise, clip)
 
 
 def batch(plans: Sequence[Plan]) -> Plan:
@@ -53,6 +65,7 @@ def batch(plans: Sequence[Plan]) -> Plan:
         final_scale=np.reshape([plan.final_scale for plan in plans], (-1, 1, 1, 1)),
         note="; ".join(notes) or None,
         clip=plans[0].clip,
+        threshold=plans[0].threshold,
     )
 
 

@@ -42,7 +42,7 @@ from sdjax.diffusion.samplers import (
 )
 from sdjax.diffusion.schedulers import alpha_bar, multistep, sigma_space
 from sdjax.diffusion.schedulers.tables import log_timestep, unit
-from sdjax.diffusion.schedules import Schedule, read
+from sdjax.diffusion.schedules import Schedule
 from sdjax.errors import InputError
 from sdjax.types import Sampler
 
@@ -134,8 +134,6 @@ def diffusers(config: Mapping[str, Any], steps: int) -> Plan:
     # `sample`'s end.
     if not (steps_down[:-1] < 0).all() or steps_down[-1] > 0:
         raise InputError(f"{name} has no {steps} different noise levels: take fewer steps")
-    if read(config, "thresholding", bool, False):
-        notes.append("thresholding is left out: guidance.threshold(denoise) does it")
     return plan._replace(note="; ".join(notes) or None)
 
 

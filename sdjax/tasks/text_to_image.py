@@ -12,7 +12,7 @@ import numpy as np
 from sdjax import parallel
 from sdjax.diffusion import guidance, sampling
 from sdjax.diffusion.noise import Tape, White, keys, start
-from sdjax.diffusion.plan import batch
+from sdjax.diffusion.plan import batch, bounded
 from sdjax.errors import InputError
 from sdjax.model import Model, Params, compute_dtype, decode, denoiser, encode_text, project
 from sdjax.tasks import settings
@@ -117,7 +117,8 @@ def text_to_image(
     x, conditions = _prepare((model, guided, clip_skip, shape), params, first)
     count = 1 if progress else longest
     carry = _begin(solver.outline, solver.shared, x, every["sampler"])
-    static = (model, guided, count, chosen.clip, solver.outline, draws.outline)
+    bounds = chosen.clip, chosen.threshold
+    static = (model, guided, count, bounds, solver.outline, draws.outline)
     for index in range(0, longest, count):
         shared = (params["unet"], solver.shared, draws.shared, np.int32(index))
         carry = _advance(static, shared, carry, conditions, every)
@@ -170,7 +171,7 @@ def _advance_one(
     static: Any, shared: Any, carry: sampling.Carry, conditions: dict, every: dict[str, Any]
 ) -> sampling.Carry:
     """`count` steps from `index` on: the program that all the time is spent in."""
-    model, guided, count, limit, solver, draws = static
+    model, guided, count, bounds, solver, draws = static
     unet, solver_shared, draws_shared, index = shared
     sampler = parallel.Parts(solver, solver_shared, every["sampler"]).whole()
     noise = parallel.Parts(draws, draws_shared, every["noise"]).whole()
@@ -193,8 +194,7 @@ def _advance_one(
     )
     if guided:
         denoise = guidance.cfg(denoise, every["guidance_scale"])
-    if limit is not None:
-        denoise = guidance.clip(denoise, limit)
+    denoise = bounded(denoise, *bounds)
     return sampling.scan(sampler, denoise, carry, sigmas, noise, index, count)
 
 

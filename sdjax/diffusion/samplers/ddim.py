@@ -23,14 +23,16 @@ class DDIM:
     Quirks of diffusers. `landings`: its step always goes down by T // n timesteps, while the next
     evaluation stands where the spacing says, on the same variance-preserving latents. Sigmas [n] or
     [n, b, 1, 1, 1] where each step lands; None where the two agree. `clip` keeps the estimate
-    within -clip .. clip but not the direction, which the unclipped one gives.
+    within -clip .. clip but not the direction, which the unclipped one gives; `threshold` (ratio,
+    limit and maximum of `guidance.threshold`) does the same by a quantile.
     """
 
     eta: ArrayLike = 0.0
     landings: ArrayLike | None = None
     clip: ArrayLike | None = None
+    threshold: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None
 
-    planned: ClassVar[tuple[str, ...]] = ("landings", "clip")
+    planned: ClassVar[tuple[str, ...]] = ("landings", "clip", "threshold")
 
     @property
     def stochastic(self) -> ArrayLike:
@@ -49,6 +51,8 @@ class DDIM:
         away = x - x0
         if self.clip is not None:
             x0 = jnp.clip(x0, -jnp.asarray(self.clip), self.clip)
+        if self.threshold is not None:
+            x0 = thresholded(x0, *self.threshold)
         down, up = ancestral(at.sigma, landing, self.eta)
         x = x0 + down / at.sigma * away
         drawn = jnp.any(jnp.asarray(self.eta) != 0)
@@ -109,3 +113,15 @@ class DDIMInverse:
             x0 = jnp.clip(x0, -jnp.asarray(self.clip), self.clip)
         x = x0 + landing * slope
         return x * jnp.sqrt((1 + at.sigma_next**2) / (1 + landing**2)), state
+
+
+def thresholded(
+    x0: Latents, ratio: ArrayLike, limit: ArrayLike, maximum: ArrayLike = float("inf")
+) -> Latents:
+    """Each image clipped at a quantile of its own, and that scaled to `limit`: Saharia et al.
+    (2205.11487), section 2.3, as `guidance.threshold` has it.
+    """
+    rows = jnp.abs(x0).reshape(x0.shape[0], -1)
+    bound = jnp.clip(jnp.quantile(rows, jnp.asarray(ratio), axis=1), limit, maximum)
+    bound = bound[:, None, None, None]
+    return jnp.clip(x0, -bound, bound) / bound * limit

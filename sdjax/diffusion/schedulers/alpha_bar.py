@@ -21,6 +21,7 @@ from sdjax.diffusion.schedulers.tables import (
     order_of,
     positive,
     spacing_of,
+    threshold_of,
     unit,
     vp_sigmas,
     within,
@@ -38,7 +39,9 @@ def ddim(config: Config, n: int, schedule: Schedule, notes: list[str]) -> Plan:
     landings = _landings(config, n, t, schedule, True)
     sigmas = np.append(vp_sigmas(schedule)[t.astype(int)], landings[-1])
     agree = np.array_equal(landings, sigmas[1:])
-    sampler = DDIM(landings=None if agree else landings, clip=clip_of(config, True))
+    threshold = threshold_of(config)  # in place of clip_sample, and of the estimate alone
+    clip = clip_of(config, True) if threshold is None else None
+    sampler = DDIM(landings=None if agree else landings, clip=clip, threshold=threshold)
     return _plan(sampler, sigmas, t)
 
 
@@ -84,7 +87,7 @@ def ddpm(config: Config, n: int, schedule: Schedule, notes: list[str]) -> Plan:
         sampler = DDPM("fixed_large", noisy_end=bool(t[-1] > 0))
     else:
         sampler = DDPM()
-    return _plan(sampler, sigmas, t)._replace(clip=clip_of(config, True))
+    return _plan(sampler, sigmas, t)._replace(**_bounds(config, True))
 
 
 def pndm(config: Config, n: int, schedule: Schedule, notes: list[str]) -> Plan:
@@ -135,7 +138,7 @@ def lcm(config: Config, n: int, schedule: Schedule, notes: list[str]) -> Plan:
     sigmas = np.append(vp_sigmas(schedule)[t.astype(int)], 0.0)
     # c_skip of the consistency function (2310.04378, section 4.1), sigma_data 0.5.
     skips = 0.25 / ((t * positive(config, "timestep_scaling", 10.0)) ** 2 + 0.25)
-    return _plan(LCM(skips), sigmas, t)._replace(clip=clip_of(config, False))
+    return _plan(LCM(skips), sigmas, t)._replace(**_bounds(config, False))
 
 
 def tcd(config: Config, n: int, schedule: Schedule, notes: list[str]) -> Plan:
@@ -162,6 +165,12 @@ def ipndm(config: Config, n: int, schedule: Schedule, notes: list[str]) -> Plan:
 
 def _plan(sampler: Sampler, sigmas: Levels, t: Levels) -> Plan:
     return Plan(sampler, sigmas, t, unit(sigmas[0]), 1 / unit(sigmas[-1]))
+
+
+def _bounds(config: Config, clipped: bool) -> dict[str, Any]:
+    """A plan's `clip` or `threshold`: never both."""
+    threshold = threshold_of(config)
+    return {"threshold": threshold} if threshold else {"clip": clip_of(config, clipped)}
 
 
 def _landings(config: Config, n: int, t: Levels, schedule: Schedule, to_one: bool) -> Levels:

@@ -26,6 +26,7 @@ from sdjax.diffusion.schedulers.tables import (
     respacing,
     sigmas32,
     spacing_of,
+    threshold_of,
     unit,
     within,
 )
@@ -42,7 +43,7 @@ def dpm_multistep(config: Config, n: int, schedule: Schedule, notes: list[str]) 
     table = sigmas32(schedule)
     sigmas, t, _ = _levels(config, n, schedule, lu=True)
     low = read(config, "final_sigmas_type", str, "zero", FINALS) == "sigma_min"
-    return _plan(dpm_sampler(config, 3), ended(sigmas, float(table[0]) if low else 0.0), t)
+    return _plan(config, dpm_sampler(config, 3), ended(sigmas, float(table[0]) if low else 0.0), t)
 
 
 def dpm_inverse(config: Config, n: int, schedule: Schedule, notes: list[str]) -> Plan:
@@ -69,7 +70,7 @@ def dpm_inverse(config: Config, n: int, schedule: Schedule, notes: list[str]) ->
         raise InputError(
             f"DPMSolverMultistepInverseScheduler has no {n} different timesteps: take fewer steps"
         )
-    return _plan(sampler, ended(sigmas, final, falling=False), t)
+    return _plan(config, sampler, ended(sigmas, final, falling=False), t)
 
 
 def dpm_singlestep(config: Config, n: int, schedule: Schedule, notes: list[str]) -> Plan:
@@ -84,7 +85,7 @@ def dpm_singlestep(config: Config, n: int, schedule: Schedule, notes: list[str])
     table = sigmas32(schedule)
     sigmas, t, _ = _levels({**config, "timestep_spacing": "linspace"}, n, schedule)
     sampler = DPMSolverSingle(order, algorithm, solver, lower, reference=True)
-    return _plan(sampler, ended(sigmas, float(table[0]) if low else 0.0), t)
+    return _plan(config, sampler, ended(sigmas, float(table[0]) if low else 0.0), t)
 
 
 def deis(config: Config, n: int, schedule: Schedule, notes: list[str]) -> Plan:
@@ -100,7 +101,7 @@ def deis(config: Config, n: int, schedule: Schedule, notes: list[str]) -> Plan:
     )
     sigmas, t, kind = _levels({**config, "lambda_min_clipped": None}, n, schedule)
     final = float(sigmas[-1] if kind else sigmas32(schedule)[0])
-    return _plan(sampler, ended(sigmas, final), t)
+    return _plan(config, sampler, ended(sigmas, final), t)
 
 
 def unipc(config: Config, n: int, schedule: Schedule, notes: list[str]) -> Plan:
@@ -126,7 +127,9 @@ def unipc(config: Config, n: int, schedule: Schedule, notes: list[str]) -> Plan:
     final = 0.0
     if read(config, "final_sigmas_type", str, "zero", FINALS) == "sigma_min":
         final = float(sigmas[-1] if kind else sigmas32(schedule)[0])
-    return _plan(sampler, ended(sigmas, final), t)
+    plan = _plan(config, sampler, ended(sigmas, final), t)
+    # Without predict_x0 there is no estimate to threshold, diffusers finds.
+    return plan if sampler.predict_x0 else plan._replace(threshold=None)
 
 
 def sa_solver(config: Config, n: int, schedule: Schedule, notes: list[str]) -> Plan:
@@ -147,7 +150,7 @@ def sa_solver(config: Config, n: int, schedule: Schedule, notes: list[str]) -> P
         float(inside.min()) if noisy else 0.0,
         float(inside.max()) if noisy else 0.0,
     )
-    return _plan(sampler, levels, t)
+    return _plan(config, sampler, levels, t)
 
 
 def dpm_sampler(config: Config, most: int) -> Sampler:
@@ -226,5 +229,6 @@ def _levels(
     return sigmas, np.trunc(t), kind  # diffusers stores them as whole numbers
 
 
-def _plan(sampler: Sampler, sigmas: Levels, t: Levels) -> Plan:
-    return Plan(sampler, sigmas, t, unit(sigmas[0]), 1 / unit(sigmas[-1]))
+def _plan(config: Config, sampler: Sampler, sigmas: Levels, t: Levels) -> Plan:
+    plan = Plan(sampler, sigmas, t, unit(sigmas[0]), 1 / unit(sigmas[-1]))
+    return plan._replace(threshold=threshold_of(config))

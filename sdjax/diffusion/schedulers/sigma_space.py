@@ -24,6 +24,7 @@ from sdjax.diffusion.schedulers.tables import (
     respacing,
     sigmas32,
     spacing_of,
+    threshold_of,
     timesteps,
     unit,
 )
@@ -115,8 +116,9 @@ def edm(config: Config, n: int, schedule: Schedule, notes: list[str]) -> Plan:
         sampler = dpm_sampler(config, 3)
         levels = ended(sigmas, low if ends_low else 0.0)
     t = 0.25 * np.log(sigmas).astype(np.float64)
+    threshold = None if euler else threshold_of(config, data)
     # The start's 1 is diffusers', whatever sigma_data is.
-    return Plan(sampler, levels / data, t, unit(high) / data, data)
+    return Plan(sampler, levels / data, t, unit(high) / data, data, threshold=threshold)
 
 
 def consistency(config: Config, n: int, schedule: Schedule, notes: list[str]) -> Plan:

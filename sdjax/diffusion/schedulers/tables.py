@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from sdjax.diffusion import spacings
+from sdjax.diffusion.plan import Threshold
 from sdjax.diffusion.schedules import Schedule, alphas_cumprod, read
 from sdjax.errors import InputError
 
@@ -135,6 +136,16 @@ def clip_of(config: Mapping[str, Any], default: bool) -> float | None:
     if not read(config, "clip_sample", bool, default):
         return None
     return positive(config, "clip_sample_range", 1.0)
+
+
+def threshold_of(config: Mapping[str, Any], data: float = 1.0) -> Threshold | None:
+    """Dynamic thresholding, in units of the data's standard deviation."""
+    if not read(config, "thresholding", bool, False):
+        return None
+    ratio = read(config, "dynamic_thresholding_ratio", float, 0.995)
+    if not 0 <= ratio <= 1:
+        raise InputError(f"dynamic_thresholding_ratio must be 0 to 1, got {ratio}: {MEND}")
+    return ratio, 1 / data, positive(config, "sample_max_value", 1.0) / data
 
 
 def order_of(config: Mapping[str, Any], key: str, default: int, most: int) -> int:
