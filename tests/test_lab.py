@@ -16,7 +16,14 @@ import sdjax
 from sdjax import lab
 from sdjax.cli import command
 from sdjax.cli import lab as cli
-from sdjax.diffusion.samplers import DPMSolverPP2M, Euler, EulerAncestral, Heun
+from sdjax.diffusion.samplers import (
+    DPMSolverPP2M,
+    Euler,
+    EulerAncestral,
+    Heun,
+    HeunPP2,
+    Restart,
+)
 from sdjax.errors import InputError
 from sdjax.lab import drawing, plots
 from sdjax.lab.compare import afforded
@@ -127,6 +134,8 @@ class Costly:
         (Euler(), 7, (7, 7)),
         (Heun(), 10, (5, 9)),
         (Heun(), 1, (1, 1)),
+        (HeunPP2(), 8, (3, 6)),
+        (Restart(), 40, (20, 39)),
         (Costly(), 4, (0, 0)),
         (Costly(), 13, (3, 11)),
     ],

@@ -9,7 +9,6 @@ import pytest
 from peers import relative_error
 from sampler_runs import (
     DRAWS,
-    LONG,
     MIXTURE,
     SIGMAS,
     START,
@@ -21,7 +20,8 @@ from sampler_runs import (
     recorded,
 )
 
-from sdjax.diffusion import sampling, spacings
+from sdjax.diffusion import profiles, sampling, spacings
+from sdjax.diffusion.plan import Plan, batch, fitted
 from sdjax.diffusion.samplers import (
     ERSDE,
     SEEDS2,
@@ -33,6 +33,7 @@ from sdjax.diffusion.samplers import (
     RESMultistep,
     Restart,
 )
+from sdjax.diffusion.schedules import Schedule
 from sdjax.errors import InputError
 from sdjax.types import leaves32
 
@@ -77,8 +78,8 @@ def test_heunpp2_and_its_cost_are_comfyuis(churn):
 
 def test_heunpp2_takes_ragged_batches_compiled_and_has_gradients():
     rows = [SIGMAS, SIGMAS[:4], SIGMAS[[0, -1]]]
-    sampler = HeunPP2(spacings.pad(rows, LONG + 1))
-    got = compiled(sampler, 10 * START, rows)
+    plans = [Plan(*fitted(HeunPP2(), row), timesteps=row[:-1]) for row in rows]
+    got = compiled(batch(plans).sampler, 10 * START, rows)
     for i, row in enumerate(rows):
         x = 10.0 * START[i : i + 1]
         want = elsewhere.heunpp2(k_diffusion.Mixture(), x, row, recorded)
@@ -117,6 +118,21 @@ def test_restarts_and_their_cost_are_a1111s(n, segments):
     assert ours.calls == theirs.calls
 
 
+def test_by_name_they_get_the_levels_of_their_run():
+    schedule = Schedule()
+    heunpp = profiles.k_diffusion(schedule, "heunpp2", "karras", 5)
+    np.testing.assert_array_equal(heunpp.sampler.levels, heunpp.sigmas)
+    for n, spacing in ((36, "karras"), (25, "sgm_uniform"), (10, "simple")):
+        plain = profiles.k_diffusion(schedule, "heun", spacing, n)
+        plan = profiles.k_diffusion(schedule, "restart", spacing, n)
+        np.testing.assert_array_equal(plan.sigmas, Restart.schedule(plain.sigmas))
+        inside = plan.sigmas[:-1]
+        np.testing.assert_allclose(schedule.timestep(inside), plan.timesteps, atol=0.02)
+        assert ((np.diff(plan.sigmas) > 0).sum() == n // 18) and plan.init_scale == plain.init_scale
+    stays = np.array([3.0, 1.0, 0.2])  # it does not end at 0
+    assert Restart().plan(stays)[1] is stays
+
+
 def test_images_that_rise_beside_others_that_fall_come_out_as_alone():
     plans = [Restart.schedule(SIGMAS, {0.3: (3, 2, 4.0)}), SIGMAS, SIGMAS[:4]]
     got = compiled(Restart(), 10 * START, plans)
@@ -140,6 +156,7 @@ def test_unknown_options_are_refused():
         (lambda: ExpHeun("heun"), "solver"),
         (lambda: ERSDE(4), "order"),
         (lambda: ERSDE(scale="vp"), "scale"),
+        (lambda: plain(HeunPP2(), START, SIGMAS[:2]), "levels"),
         (lambda: Restart.schedule(SIGMAS[:3]), "falling to 0"),
         (lambda: Restart.schedule(SIGMAS, {0.1: (1, 1, 2.0)}), "levels"),
     ):

@@ -37,6 +37,15 @@ def bounded(denoise: Denoiser, clip: ArrayLike | None, threshold: Threshold | No
     return denoise if clip is None else guidance.clip(denoise, clip)
 
 
+def fitted(sampler: Sampler, sigmas: np.ndarray) -> tuple[Sampler, np.ndarray]:
+    """A sampler and its run's levels, for those that look ahead in them, or choose them.
+
+    They have `plan(sigmas) -> (sampler, sigmas)`, as `HeunPP2` and `Restart` do.
+    """
+    plan = getattr(sampler, "plan", None)
+    return (sampler, sigmas) if plan is None else plan(sigmas)
+
+
 def batch(plans: Sequence[Plan]) -> Plan:
     """One plan an image, as one plan: sigmas [n+1, b, 1, 1, 1], timesteps [n, b, 1, 1, 1], scales
     [b, 1, 1, 1].
@@ -54,7 +63,7 @@ def batch(plans: Sequence[Plan]) -> Plan:
     if len({jax.tree.structure(s) for s in samplers}) != 1:
         raise InputError("plans of one batch must have one kind of sampler")
     planned = getattr(samplers[0], "planned", ())
-    sampler = jax.tree_util.tree_map_with_path(functools.partial(_join, n, planned), *samplers)
+    sampler = jax.tree_util.tree_map_with_path(functools.partial(_join, planned), *samplers)
 
     notes = dict.fromkeys(plan.note for plan in plans if plan.note)
     return Plan(
@@ -75,12 +84,12 @@ def _landings(plan: Plan) -> np.ndarray:
     return plan.sigmas[1:] if given is None else np.asarray(given)
 
 
-def _join(n: int, planned: Sequence[str], path: tuple, *leaves: Any) -> Any:
+def _join(planned: Sequence[str], path: tuple, *leaves: Any) -> Any:
     """One hyper-parameter of all samplers: as it is where they agree, else [b, 1, 1, 1]; a planned
-    one of every step, padded to n as [n, b, 1, 1, 1].
+    one of every step or level, padded to the longest as [n, b, 1, 1, 1].
     """
     if np.ndim(leaves[0]) == 1 and getattr(path[0], "name", "") in planned:
-        return spacings.pad([np.asarray(leaf) for leaf in leaves], n)
+        return spacings.pad([np.asarray(leaf) for leaf in leaves])
     if all(np.array_equal(leaf, leaves[0]) for leaf in leaves):
         return leaves[0]
     return np.stack([np.asarray(leaf) for leaf in leaves]).reshape(-1, 1, 1, 1)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from sdjax.diffusion import spacings
-from sdjax.diffusion.plan import Plan
+from sdjax.diffusion.plan import Plan, fitted
 from sdjax.diffusion.samplers import (
     DDIM,
     DDPM,
@@ -36,7 +36,9 @@ from sdjax.diffusion.samplers import (
     ExpHeun,
     GradientEstimation,
     Heun,
+    HeunPP2,
     RESMultistep,
+    Restart,
     SASolver,
     UniPC,
 )
@@ -78,6 +80,8 @@ SAMPLERS = {
     "seeds_2": SEEDS2,
     "seeds_3": SEEDS3,
     "er_sde": ERSDE,
+    "heunpp2": HeunPP2,
+    "restart": Restart,
 }
 """Names for a command line; in code, pass the class's instance."""
 
@@ -154,6 +158,16 @@ def k_diffusion(
         chosen = sampler
     sigmas, t = spacings.named(spacing, steps, schedule)
     if t is None:
-        return Plan(chosen, sigmas, log_timestep(schedule.sigmas, sigmas[:-1]), float(sigmas[0]))
+        t = log_timestep(schedule.sigmas, sigmas[:-1])
     low = spacing in ("leading", "quad")
-    return Plan(chosen, sigmas, t, unit(sigmas[0]) if low else float(sigmas[0]))
+    init = unit(sigmas[0]) if low else float(sigmas[0])
+    return with_levels(Plan(chosen, sigmas, t, init), schedule)
+
+
+def with_levels(plan: Plan, schedule: Schedule) -> Plan:
+    """The plan of a sampler that looks ahead in its levels, or chooses them: `plan.fitted`."""
+    sampler, sigmas = fitted(plan.sampler, plan.sigmas)
+    t = plan.timesteps
+    if not np.array_equal(sigmas, plan.sigmas):
+        t = log_timestep(schedule.sigmas, sigmas[:-1])
+    return plan._replace(sampler=sampler, sigmas=sigmas, timesteps=t)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sdjax.diffusion.plan import fitted
 from sdjax.diffusion.trajectories import evaluations, may_draw
 from sdjax.errors import InputError
 from sdjax.lab.distances import relative_error, sliced_wasserstein
@@ -237,7 +238,9 @@ _costs: dict[Any, int] = {}
 
 def _cost(sampler: Sampler, sigmas: np.ndarray) -> int:
     """Evaluations of a schedule; counted once for each sampler, number of steps and kind of end."""
-    key = (repr(sampler), len(sigmas), bool(sigmas[-1] == 0))
+    asked = repr(sampler), len(sigmas)
+    sampler, sigmas = fitted(sampler, sigmas)
+    key = (asked, len(sigmas), bool(sigmas[-1] == 0))
     if key not in _costs:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

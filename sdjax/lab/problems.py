@@ -13,6 +13,7 @@ from jaxtyping import Float, UInt8
 from sdjax.diffusion import spacings
 from sdjax.diffusion.analytic import Gaussian, GaussianMixture
 from sdjax.diffusion.noise import keys
+from sdjax.diffusion.plan import fitted
 from sdjax.diffusion.samplers import Heun
 from sdjax.diffusion.sampling import sample
 from sdjax.diffusion.schedules import Schedule
@@ -100,7 +101,7 @@ class Analytic:
 
     def solve(self, sampler: Sampler, spacing: str, steps: int, count: int) -> Samples:
         """See `Problem.solve`; float64."""
-        levels = self.sigmas(spacing, steps)
+        sampler, levels = fitted(sampler, self.sigmas(spacing, steps))
         with jax.enable_x64(True):
             sampler = jax.tree.map(_leaf64, sampler)
             noise = keys(range(count)) if may_draw(sampler) else None
@@ -141,9 +142,9 @@ class Analytic:
             sampler = jax.tree.map(_leaf64, sampler)
             for steps in ORDER_STEPS:
                 levels = self.sigmas(spacing, steps)
-                levels = levels[: len(levels) - (levels[-1] == 0)]
+                run, levels = fitted(sampler, levels[: len(levels) - (levels[-1] == 0)])
                 start = jnp.asarray(_noise(64)) * levels[0]
-                found = _solved(sampler, self.denoise, start, jnp.asarray(levels), None)
+                found = _solved(run, self.denoise, start, jnp.asarray(levels), None)
                 away = np.linalg.norm(found - self._followed(start, levels[0], levels[-1]), axis=-1)
                 errors.append(float(np.median(away)))
         if not all(map(math.isfinite, errors)):

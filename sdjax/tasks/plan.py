@@ -90,7 +90,7 @@ def choose(
         # Where its steps land, say, belongs to the spacing.
         spaced = {k: getattr(plan.sampler, k) for k in getattr(chosen, "planned", ())}
         chosen = dataclasses.replace(chosen, **spaced)  # type: ignore[type-var]
-    return plan._replace(sampler=chosen)
+    return profiles.with_levels(plan._replace(sampler=chosen), model.schedule)
 
 
 def _check(sampler: Any) -> None:

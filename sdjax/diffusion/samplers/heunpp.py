@@ -1,14 +1,20 @@
 """Heun++: a step's slope from as many as three levels ahead, weighed by their noise."""
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from sdjax.diffusion.samplers.euler import churn
 from sdjax.diffusion.sampling import pick
+from sdjax.errors import InputError
 from sdjax.types import Denoiser, Latents, State, Step, StepNoise, pytree
+
+Levels = Float[np.ndarray, "n"]
 
 
 @pytree
@@ -23,18 +29,24 @@ class HeunPP2:
     is Euler's even where it does not end at 0. Churn is as in `Euler`.
 
     `levels` are the run's own sigmas, [n + 1] or [n + 1, b, 1, 1, 1]: the method looks two levels
-    ahead, and weighs by the first.
+    ahead, and weighs by the first. Profiles and tasks fill them in; who calls `sample` gives them.
     """
 
-    levels: Any
+    levels: Any = None
     s_churn: ArrayLike = 0.0
     s_tmin: ArrayLike = 0.0
     s_tmax: ArrayLike = float("inf")
     s_noise: ArrayLike = 1.0
 
+    planned: ClassVar[tuple[str, ...]] = ("levels",)
+
     @property
     def stochastic(self) -> ArrayLike:
         return self.s_churn
+
+    def plan(self, sigmas: Levels) -> tuple["HeunPP2", Levels]:
+        """This sampler for a run, and the levels of the run: the same."""
+        return dataclasses.replace(self, levels=sigmas), sigmas
 
     def init(self, x: Latents) -> State:
         return ()
@@ -42,6 +54,8 @@ class HeunPP2:
     def step(
         self, denoise: Denoiser, x: Latents, at: Step, state: State, noise: StepNoise
     ) -> tuple[Latents, State]:
+        if self.levels is None:
+            raise InputError("HeunPP2 looks ahead in the run's levels: pass HeunPP2(sigmas)")
         x, sigma = churn(x, at, noise, self.s_churn, self.s_tmin, self.s_tmax, self.s_noise)
         levels = jnp.asarray(self.levels, x.dtype)
         slope = (x - denoise(x, sigma)) / sigma

@@ -21,8 +21,8 @@ class Restart:
     """Heun's method on levels that may rise again: where they do, noise is added and nothing
     evaluated. Order 2 between the rises, two evaluations a step, one where it ends at 0.
 
-    Xu et al. (2306.14878), algorithm 1. `Restart.schedule` makes the levels; on those that only
-    fall it is `Heun`.
+    Xu et al. (2306.14878), algorithm 1. `Restart.schedule` makes the levels, for profiles and tasks
+    with A1111's choice of restarts; on levels that only fall it is `Heun`.
     """
 
     s_noise: ArrayLike = 1.0
@@ -64,6 +64,10 @@ class Restart:
             if times and sigma > 0 and top < i:
                 run.extend(np.tile(karras(levels, sigma, sigmas[top])[:-1], times))
         return np.array(run)
+
+    def plan(self, sigmas: Float[np.ndarray, "n"]) -> tuple["Restart", Float[np.ndarray, "m"]]:
+        """This sampler for a run, and the levels of the run: with restarts, if it ends at 0."""
+        return self, self.schedule(sigmas) if sigmas[-1] == 0 else sigmas
 
     def init(self, x: Latents) -> State:
         return ()
