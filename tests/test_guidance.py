@@ -9,8 +9,8 @@ import pytest
 from jax.tree_util import Partial
 from peers import QUICK, nchw, nhwc
 
-from sdjax.diffusion import guidance, noise, projection, sampling, spacings
-from sdjax.diffusion.samplers import DDIM, Euler, EulerAncestral, Heun
+from sdjax.diffusion import guidance, methods, names, noise, projection, sampling, spacings
+from sdjax.diffusion.samplers import DDIM, DPMAdaptive, Euler, EulerAncestral, Heun
 from sdjax.errors import InputError
 from sdjax.types import leaves32
 
@@ -322,6 +322,9 @@ def test_apg_has_diffusers_momentum_from_step_to_step():
     sampler = projection.Momentum(Euler(), -0.5)
     got = quick(sampling.sample)(leaves32(sampler), denoise, NOISY, sigmas)
     np.testing.assert_allclose(got, x, rtol=2e-5, atol=2e-5)
+    clipped = guidance.clip(denoise, 100.0)
+    near = quick(sampling.sample)(leaves32(sampler), clipped, NOISY, sigmas)
+    np.testing.assert_allclose(near, got, rtol=1e-5, atol=1e-5)
     none = projection.Momentum(Heun(), 0.0)
     plain = quick(sampling.sample)(leaves32(Heun()), denoise, NOISY, sigmas)
     both = quick(sampling.sample)(leaves32(none), denoise, NOISY, sigmas)
@@ -399,3 +402,77 @@ def test_unknown_predictions_and_denoisers_are_refused():
         sampling.sample(
             projection.Momentum(Euler()), saying(1), NOISY, np.array([1.0, 0.0], np.float32)
         )
+    with pytest.raises(InputError, match="DPMAdaptive asks for estimates in a loop"):
+        sampling.sample(
+            projection.Momentum(DPMAdaptive()), projection.apg(saying(0, 1), 4.0), NOISY, LEVELS
+        )
+
+
+LEVELS = np.array([8.0, 4.0, 2.0, 0.0], np.float32)
+
+
+def test_methods_for_tasks_know_the_run_and_the_prompts_own_network():
+    """By steps, by an interval, and CFG++: at each level, with the evaluations that it takes."""
+    asked = []
+    sides = methods.Sides(
+        counting(saying(0, 1), asked, "both"), counting(saying(1), asked, "one"), LEVELS
+    )
+    each = jnp.full((3, 1, 1, 1), 3.0)
+    cases = (
+        (methods.scheduled(sides, each, np.array([0.0, 1.0, 0.5])), (1, 3, 2)),
+        (methods.limited(sides, each, 2.0, 4.0), (1, 3, 1)),
+        (methods.limited(sides, each, 2.0, 4.0, projection.apg), None),
+        (methods.PlusPlus()(sides, each / 5), (1.2, 1.2, 0.6)),
+    )
+    for denoise, scales in cases:
+        asked.clear()
+        got = [denoise(NOISY, jnp.float32(level)) for level in LEVELS[:3]]
+        jax.effects_barrier()
+        if scales is None:
+            wanted = [SIDES[1], projection.apg(saying(0, 1), 3.0)(NOISY, jnp.float32(4)), SIDES[1]]
+            scales = (1, 3, 1)
+        else:
+            wanted = [SIDES[0] + w * (SIDES[1] - SIDES[0]) for w in scales]
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+        if isinstance(scales[0], int):
+            assert asked == ["one" if w == 1 else "both" for w in scales]
+
+
+def test_numbers_of_a_method_are_leaves_and_its_words_belong_to_the_program():
+    def leaves(**asked):
+        method = methods.prepared(functools.partial(projection.apg, **asked))
+        return jax.tree.leaves(method), jax.tree.structure(method)
+
+    numbers, program = leaves(eta=0.5, norm=2, prediction="epsilon")
+    assert numbers == [0.5, 2]
+    assert leaves(eta=1.0, norm=3, prediction="epsilon")[1] == program
+    assert leaves(eta=1.0, norm=3, prediction="sample")[1] != program
+    asked = dict(eta=0.5, norm=2.0, prediction="epsilon")
+    method = methods.restored(methods.prepared(Partial(projection.apg, **asked)))
+    want = projection.apg(saying(0, 1), 3.0, **asked)(NOISY, SIGMA)
+    np.testing.assert_array_equal(method(saying(0, 1), 3.0)(NOISY, SIGMA), want)
+
+
+def test_methods_have_names():
+    assert tuple(methods.METHODS) == names.GUIDANCE
+    for name in names.GUIDANCE:
+        method = methods.restored(methods.prepared(name, "v_prediction"))
+        count = getattr(method, "sides", 2)
+        sides = methods.Sides(saying(*range(count)), saying(count - 1), LEVELS)
+        assert np.isfinite(method(sides, jnp.full((3, 1, 1, 1), 0.5))(NOISY, SIGMA)).all()
+    assert methods.is_cfg(methods.prepared(None)) and methods.is_cfg(methods.prepared("cfg"))
+
+
+@pytest.mark.parametrize(
+    "bad, word",
+    [
+        ("agp", "guidance must be one of cfg, rescale, apg.*got 'agp'"),
+        (methods.Perpendicular, "a function"),
+        (lambda denoise: denoise, "a function"),
+        (7.5, "a function"),
+        (Partial(projection.apg, prediction={1}), "neither a number nor hashable"),
+    ],
+)
+def test_what_is_no_method_is_refused(bad, word):
+    with pytest.raises(InputError, match=word):
+        methods.prepared(bad)

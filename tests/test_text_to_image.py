@@ -2,13 +2,15 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 from peers import FEW_LAYERS, nchw, nhwc, relative_error, save_tiny_pipeline
 
 import sdjax
-from sdjax.diffusion import profiles
+from sdjax.diffusion import methods, profiles
 from sdjax.tasks import settings
 
 PROMPTS = ["a red house by the sea at night", "two boats"]
@@ -212,16 +214,22 @@ def pictures(sd1, prompts, **settings):
     return sdjax.text_to_image(*sd1, prompts, height=64, width=64, **settings)
 
 
-def test_new_prompts_seeds_and_guidance_never_recompile_and_a_step_count_compiles_once(sd1):
-    import jax
-
-    compiled = []
+@pytest.fixture(scope="module")
+def compiled():
+    """What has been compiled since it was cleared."""
+    events = []
 
     def listen(event, seconds, **info):
         if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
+            events.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
+    return events
+
+
+def test_new_prompts_seeds_and_guidance_never_recompile_and_a_step_count_compiles_once(
+    sd1, compiled
+):
     sampler = sdjax.EulerAncestral(eta=1)
     pictures(sd1, ["a", "b"], seeds=[0, 1], steps=3, sampler=sampler)
     compiled.clear()
@@ -250,8 +258,6 @@ def test_an_image_does_not_depend_on_the_batch_around_it(sd1):
 
 
 def test_progress_changes_nothing_and_counts_every_step_when_it_is_done(sd1, monkeypatch):
-    import jax
-
     told, wait = [], jax.block_until_ready
     monkeypatch.setattr(jax, "block_until_ready", lambda x: told.append("ready") or wait(x))
     watched = pictures(sd1, "a", steps=3, progress=lambda *what: told.append(what))
@@ -269,6 +275,120 @@ def test_without_guidance_one_evaluation_a_step_gives_the_same_picture(sd1):
     alone = pictures(sd1, "a", guidance_scale=1, steps=3)
     beside = pictures(sd1, ["a", "b"], guidance_scale=[1, 4], steps=3)
     assert_same_pictures(alone[0], beside[0])
+
+
+def guided_by_hand(pipeline, texts, latents, guide):
+    """torch's own network and DDIM, one image, three steps: `guide(x0s, sigma)` puts the texts'
+    estimates together.
+    """
+    import torch
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    scheduler.set_timesteps(3)
+    ids = pipeline.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
+    x = nchw(latents)
+    with torch.no_grad():
+        context = pipeline.text_encoder(ids).last_hidden_state
+        for t in scheduler.timesteps:
+            bar = scheduler.alphas_cumprod[t]
+            eps = pipeline.unet(x.repeat(len(texts), 1, 1, 1), t, context).sample
+            x0s = [(x - (1 - bar) ** 0.5 * e) / bar**0.5 for e in eps.split(1)]
+            x0 = guide(x0s, float(((1 - bar) / bar) ** 0.5))
+            x = scheduler.step((x - bar**0.5 * x0) / (1 - bar) ** 0.5, t, x).prev_sample
+    return nhwc(x)
+
+
+def each(*values):
+    return np.reshape(np.float32(values), (-1, 1, 1, 1))
+
+
+def by_apg(eta, norm):
+    from diffusers.guiders import AdaptiveProjectedGuidance
+    from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer
+
+    guider = AdaptiveProjectedGuidance(
+        guidance_scale=3.0,
+        eta=eta,
+        adaptive_projected_guidance_momentum=-0.5,
+        adaptive_projected_guidance_rescale=norm,
+        use_original_formulation=True,
+    )
+    guider._step, guider.momentum_buffer = 5, MomentumBuffer(-0.5)
+    return lambda x0s, sigma: guider.forward(x0s[1], x0s[0]).pred
+
+
+def by_interval(low, high):
+    return lambda x0s, sigma: x0s[0] + (4.0 if low < sigma <= high else 1.0) * (x0s[1] - x0s[0])
+
+
+def by_perp_neg(weight):
+    def guide(x0s, sigma):
+        empty, negative, positive = x0s[0], x0s[1] - x0s[0], x0s[2] - x0s[0]
+        along = (negative * positive).sum() / (positive * positive).sum()
+        return empty + 4.0 * (positive - weight * (negative - along * positive))
+
+    return guide
+
+
+GUIDED = {
+    "apg": (
+        methods.AdaptiveProjected(each(0.0, 0.4), each(4.0, 9.0)),
+        by_apg,
+        (0.0, 4.0, 0.4, 9.0),
+    ),
+    "interval": (
+        Partial(methods.limited, low=each(1.0, 0.1), high=6.0),
+        by_interval,
+        (1.0, 6.0, 0.1, 6.0),
+    ),
+    "perp_neg": (methods.Perpendicular(each(1.0, 0.5)), by_perp_neg, (1.0, 0.5)),
+}
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_guidance_has_numbers_state_and_sides_of_each_images_own(sd1, small, compiled, name):
+    """APG with diffusers' guider and momentum, an interval, a third side: each image alone. New
+    numbers never recompile.
+    """
+    method, make, numbers = GUIDED[name]
+    noise, texts = unit_noise((2, 8, 8, 4)), [["", "ugly", "a boat"], ["", "", "two houses"]]
+    asked = dict(negative_prompts=["ugly", ""], guidance_scale=4.0, steps=3, sampler="ddim")
+
+    def run(method):
+        prompts = ["a boat", "two houses"]
+        return pictures(sd1, prompts, latents=noise, guidance=method, output="latents", **asked)
+
+    ours = run(method)
+    half = len(numbers) // 2
+    for i in range(2):
+        guide = make(*numbers[i * half : (i + 1) * half])
+        said = texts[i] if name == "perp_neg" else texts[i][1:]
+        theirs = guided_by_hand(small[1], said, noise[i : i + 1], guide)
+        assert relative_error(ours[i : i + 1], theirs) <= 1e-4
+    compiled.clear()
+    other = run(jax.tree.map(lambda number: number * 0.5, method))
+    assert len(compiled) == 0 and (other != ours).any()
+
+
+def test_a_name_is_the_papers_method_on_what_the_network_predicts(sd1, small):
+    """rescale is the pipelines' `guidance_rescale`."""
+    noise = unit_noise((2, 8, 8, 4))
+    asked = dict(num_inference_steps=3, guidance_rescale=0.7, height=64, width=64)
+    theirs = [
+        torch_latents(small[1], word, "ugly", noise[i : i + 1], **asked)
+        for i, word in enumerate(("a boat", "two houses"))
+    ]
+    ours = pictures(
+        sd1,
+        ["a boat", "two houses"],
+        negative_prompts="ugly",
+        latents=noise,
+        steps=3,
+        guidance="rescale",
+        output="latents",
+    )
+    assert relative_error(ours, np.concatenate(theirs)) <= 1e-4
 
 
 def test_recorded_noise_takes_the_place_of_the_seeds(sd1):
@@ -408,6 +528,8 @@ class Undecorated:
         (dict(guidance_scale=float("nan")), "guidance_scale must be finite"),
         (dict(sampler="eulr"), "sampler must be one of"),
         (dict(spacing="karas"), "spacing must be one of"),
+        (dict(guidance="agp"), "guidance must be one of cfg, rescale"),
+        (dict(guidance="cfg_plus_plus"), "guidance_scale must be from 0 to 1"),
         (dict(output="png"), "output must be"),
         (dict(clip_skip=4), "clip_skip must be a whole number from 0 to 3"),
         (dict(clip_skip=-1), "clip_skip"),

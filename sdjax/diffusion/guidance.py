@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import get_opaque_trace_state
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 from jaxtyping import Float
@@ -17,6 +18,7 @@ from jaxtyping import Float
 from sdjax.diffusion.samplers.ddim import thresholded
 from sdjax.diffusion.samplers.euler import ancestral
 from sdjax.diffusion.sampling import pick
+from sdjax.errors import InputError
 from sdjax.types import Array, Denoiser, Latents, Sigma, pytree
 
 Scale = ArrayLike | Callable[[Sigma], Any]
@@ -86,6 +88,8 @@ def cfg_plus_plus(
     down = jax.vmap(lambda sigma, lower: ancestral(sigma, lower, eta)[0])(above, levels[1:])
     ratio = down / above
     left = jnp.where(ratio < 1, 1 - ratio, 1)  # padding goes nowhere
+    if jnp.ndim(strength) and left.ndim == 1:
+        left = left.reshape(-1, 1, 1, 1, 1)
     return cfg(denoise, PerStep(levels, jnp.asarray(strength) / left), plain)
 
 
@@ -137,15 +141,49 @@ def remat(denoise: Denoiser) -> Denoiser:
     return Partial(_remat, partial(denoise))
 
 
-def partial(denoise: Denoiser) -> Partial:
+def partial(denoise: Denoiser) -> Denoiser:
     """A denoiser that may be an argument under jit; equal functions share one program."""
-    return denoise if isinstance(denoise, Partial) else Partial(denoise)
+    plain = jax.tree_util.all_leaves([denoise])  # a function, or what jax cannot look into
+    return Partial(denoise) if plain else denoise
 
 
 def sides(denoise: Denoiser, count: int, x: Latents, sigma: Sigma) -> list[Latents]:
     """The estimates of a denoiser of `count` times the batch."""
     levels = sigma if sigma.ndim == 0 else jnp.concatenate([sigma] * count)
     return jnp.split(denoise(jnp.concatenate([x] * count), levels), count)
+
+
+def with_negative(denoise: Denoiser, x: Latents, sigma: Sigma) -> tuple[Latents, Latents]:
+    """The guided estimate and the negative's own, for the cost of the first: for samplers that step
+    along the negative's direction, as CFG++ (2406.08070). `denoise` is `cfg`'s, or clips or
+    thresholds its estimate.
+    """
+    here = get_opaque_trace_state()
+    seen: list[Latents] = []
+
+    def is_cfg(node: Any) -> bool:
+        return isinstance(node, Partial) and node.func is _cfg
+
+    def watched(node: Any) -> Any:
+        if not is_cfg(node):
+            return node
+        network, guidance_scale, _ = node.args
+
+        def guided(x: Latents, sigma: Sigma) -> Latents:
+            negative, positive = sides(network, 2, x, sigma)
+            if get_opaque_trace_state() == here:  # under a cond it belongs to another program
+                seen.append(negative)
+            return negative + scale_at(guidance_scale, x, sigma) * (positive - negative)
+
+        return guided
+
+    x0 = jax.tree.map(watched, denoise, is_leaf=is_cfg)(x, sigma)
+    if len(seen) != 1:
+        raise InputError(
+            "a CFG++ sampler needs the denoiser that guidance.cfg returns: take cfg for guidance, "
+            "at a guidance_scale other than 1"
+        )
+    return x0, seen[0]
 
 
 def scale_at(guidance_scale: Scale, x: Latents, sigma: Sigma) -> Float[Array, "..."]:

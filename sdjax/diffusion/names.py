@@ -1,6 +1,6 @@
-"""What samplers and spacings are called, for those who ask before jax is loaded.
+"""What samplers, spacings and guidance are called, for those who ask before jax is loaded.
 
-Tests hold them against `profiles.SAMPLERS` and `spacings.NAMES`.
+Tests hold them against `profiles.SAMPLERS`, `spacings.NAMES` and `methods.METHODS`.
 """
 
 SAMPLERS = (
@@ -35,8 +35,6 @@ SAMPLERS = (
     "seeds_2",
     "seeds_3",
     "er_sde",
-    "heunpp2",
-    "restart",
 )
 SPACINGS = (
     "karras",
@@ -58,4 +56,14 @@ SPACINGS = (
     "ddim_uniform",
     "quad",
     "beta",
+)
+GUIDANCE = (
+    "cfg",
+    "rescale",
+    "apg",
+    "cfg_zero",
+    "tcfg",
+    "cfg_plus_plus",
+    "interval",
+    "perp_neg",
 )

@@ -5,6 +5,7 @@ of "sample", "epsilon" and "v_prediction", each method's own by default. diffuse
 network predicts. All reductions are over one image.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -126,7 +127,8 @@ class Momentum:
     """A sampler that runs under `apg` with momentum. Sadat et al. (2410.02416).
 
     Each step's difference is added to `momentum` times the average before it; -0.5 is the paper's.
-    A step's first evaluation counts, and its others see the same average.
+    A step's first evaluation counts, and its others see the same average. The denoiser is `apg`'s,
+    or clips or thresholds its estimate.
     """
 
     sampler: Any
@@ -142,28 +144,35 @@ class Momentum:
     def step(
         self, denoise: Denoiser, x: Latents, at: Step, state: State, noise: StepNoise
     ) -> tuple[Latents, State]:
-        if not isinstance(denoise, APG):
+        inner, average = state
+        here, seen, found = get_opaque_trace_state(), [average], False
+
+        def watched(node: Any) -> Any:
+            nonlocal found
+            if not isinstance(node, APG):
+                return node
+            found = True
+            guide = dataclasses.replace(node, average=self.momentum * average)
+
+            def guided(x: Latents, sigma: Sigma) -> Latents:
+                positive, change = guide.change(x, sigma)
+                if len(seen) == 1 and get_opaque_trace_state() == here:
+                    seen.append(change)
+                return guide.guided(x, sigma, positive, change)
+
+            return guided
+
+        guided = jax.tree.map(watched, denoise, is_leaf=lambda node: isinstance(node, APG))
+        if not found:
             raise InputError(
                 f"Momentum needs the denoiser that apg returns, got {type(denoise).__name__}"
             )
-        inner, average = state
-        guide = APG(
-            denoise.denoise,
-            denoise.guidance_scale,
-            denoise.eta,
-            denoise.norm,
-            self.momentum * average,
-            denoise.prediction,
-        )
-        here, seen = get_opaque_trace_state(), [average]
-
-        def guided(x: Latents, sigma: Sigma) -> Latents:
-            positive, change = guide.change(x, sigma)
-            if len(seen) == 1 and get_opaque_trace_state() == here:
-                seen.append(change)
-            return guide.guided(x, sigma, positive, change)
-
         x, inner = self.sampler.step(guided, x, at, inner, noise)
+        if len(seen) == 1:
+            raise InputError(
+                f"{type(self.sampler).__name__} asks for estimates in a loop or under a condition "
+                "only: Momentum cannot follow it"
+            )
         return x, (inner, seen[-1])
 
 

@@ -150,15 +150,28 @@ def _finite(name: str, value: Any) -> float:
     return float(value)
 
 
-def tokens(model: Model, settings: Settings, guided: bool) -> dict[str, np.ndarray]:
-    """What the networks are told: [b, k, ...], k = 2 (negative, prompt) if guided, else 1.
+def check_limits(method: Any, guidance_scales: list[float]) -> None:
+    """Refuse scales that a method of guidance has no use for, by its `limits`."""
+    low, high = getattr(method, "limits", (-math.inf, math.inf))
+    for scale in guidance_scales:
+        if not low <= scale <= high:
+            raise InputError(
+                f"guidance_scale must be from {low:g} to {high:g} for {type(method).__name__}, "
+                f"got {scale:g}"
+            )
+
+
+def tokens(model: Model, settings: Settings, count: int) -> dict[str, np.ndarray]:
+    """What the networks are told: [b, count, ...] of as many sides as are asked for, the prompt the
+    last, its negative before it, and before that the empty prompt.
 
     ids and ids_2 are token ids for the encoders that the model has; time_ids are SDXL's sizes
     (Podell et al. 2023, arXiv:2307.01952, section 2.2): original size, crop and target size, or for
     its refiner original size, crop and aesthetic score; absent is 1 where a negative is zeros.
     """
-    sides = [[n or "" for n in settings.negative_prompts]] if guided else []
-    sides.append(settings.prompts)
+    nothing = [None] * len(settings.prompts)
+    asked: list[Any] = [nothing, settings.negative_prompts, settings.prompts][-count:]
+    sides = [[text or "" for text in side] for side in asked]
     told: dict[str, np.ndarray] = {}
     for name, tokenizer in (("ids", model.tokenizer), ("ids_2", model.tokenizer_2)):
         if tokenizer is None:
@@ -169,11 +182,10 @@ def tokens(model: Model, settings: Settings, guided: bool) -> dict[str, np.ndarr
             _warn_of_cuts([text for e in encoded for text in e.dropped])
     if model.unet.addition_embed_type == "text_time":
         told["time_ids"] = np.stack(
-            [_sizes(model, settings, guided and i == 0) for i in range(len(sides))], axis=1
+            [_sizes(model, settings, i < count - 1) for i in range(count)], axis=1
         )
-    if guided and model.zero_negative:
-        absent = [[n is None, False] for n in settings.negative_prompts]
-        told["absent"] = np.asarray(absent, np.float32)
+    if count > 1 and model.zero_negative:
+        told["absent"] = np.asarray([[t is None for t in side] for side in asked], np.float32).T
     return told
 
 

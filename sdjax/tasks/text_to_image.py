@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax import parallel
-from sdjax.diffusion import guidance, sampling
+from sdjax.diffusion import methods, sampling
 from sdjax.diffusion.noise import Tape, White, keys, start
 from sdjax.diffusion.plan import batch, bounded
 from sdjax.errors import InputError
 from sdjax.model import Model, Params, compute_dtype, decode, denoiser, encode_text, project
 from sdjax.tasks import settings
 from sdjax.tasks.plan import choose
-from sdjax.types import Array, Latents, Sampler, leaves32
+from sdjax.types import Array, Denoiser, Latents, Sampler, leaves32
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage ("compile", "steps", "decode"), how much of it is done, and of how much."""
@@ -34,6 +34,7 @@ def text_to_image(
     sampler: str | Sampler | Any = None,
     spacing: str | None = None,
     guidance_scale: float | int | Sequence[float | int] | Array = 7.5,
+    guidance: str | methods.Method | None = None,
     height: int | None = None,
     width: int | None = None,
     latents: Any = None,
@@ -45,9 +46,9 @@ def text_to_image(
     """Images [b, height, width, 3] uint8, one for each prompt, seed or other per-image setting.
 
     Rombach et al. 2022 (arXiv:2112.10752), section 3.3, with classifier-free guidance (Ho and
-    Salimans 2022, arXiv:2207.12598). Prompts, negative prompts, seeds, steps and guidance scales
-    are one value for all images or a sequence of one per image. Image i depends on its own
-    settings alone, not on the batch around it or on the devices that it is split over.
+    Salimans 2022, arXiv:2207.12598) or what came after it. Prompts, negative prompts, seeds, steps
+    and guidance scales are one value for all images or a sequence of one per image. Image i depends
+    on its own settings alone, not on the batch around it or on the devices that it is split over.
 
     Args:
         seeds: integers from 0 to 2**64 - 1.
@@ -57,6 +58,12 @@ def text_to_image(
         spacing: a name in `profiles.SPACINGS`; None is the model's own.
         guidance_scale: w in x0_negative + w * (x0_prompt - x0_negative). If it is 1 for all
             images, a second program runs with one network evaluation instead of two.
+        guidance: another way to use these two estimates: a name in `methods.METHODS` (cfg, rescale,
+            apg, cfg_zero, tcfg, cfg_plus_plus, interval, perp_neg), or a function (denoise,
+            guidance_scale) -> denoise such as `Partial(projection.apg, norm=10.0)`,
+            `Partial(methods.limited, high=3.0)` or one's own; `methods` says more. New numbers in
+            it never recompile. Autoguidance by a second model and several prompts an image
+            (`guidance.composed`) are put together by hand.
         height, width: pixels, multiples of 8; None is what the model was trained at.
         latents: the starting noise, [b, h, w, c] of unit variance, instead of the seeds' own.
         noise: the stochastic samplers' noise, instead of the seeds' own: keys [b], or a `Noise`
@@ -82,21 +89,26 @@ def text_to_image(
     )
     if output not in ("images", "latents"):
         raise InputError(f'output must be "images" or "latents", got {output!r}')
+    method = methods.prepared(guidance, model.schedule.prediction)
+    settings.check_limits(method, asked.guidance_scales)
     size = len(asked.prompts)
     plans = {n: choose(model, n, sampler, spacing) for n in set(asked.steps)}
     chosen = batch([plans[n] for n in asked.steps])
     if chosen.note:
         warnings.warn(chosen.note, stacklevel=2)
     longest = len(chosen.timesteps)  # a few spacings have more or fewer steps than asked for
-    guided = any(scale != 1 for scale in asked.guidance_scales)
+    unguided = methods.is_cfg(method) and all(scale == 1 for scale in asked.guidance_scales)
+    sides = 1 if unguided else getattr(method, "sides", 2)
     shape = settings.latent_shape(model, asked.height, asked.width)
-    solver = parallel.Parts.of(leaves32(chosen.sampler), functools.partial(_sampler_axis, size))
+    sampler = method.around(chosen.sampler) if hasattr(method, "around") else chosen.sampler
+    solver = parallel.Parts.of(leaves32(sampler), functools.partial(_image_axis, size))
+    guide = parallel.Parts.of(leaves32(method), functools.partial(_image_axis, size))
     draws = parallel.Parts.of(*_checked(noise, longest, (size, *shape)))
 
     words = _words(asked.seeds)
     # Everything per image leads with the image: that axis is split over the devices.
     first = {
-        "tokens": settings.tokens(model, asked, guided),
+        "tokens": settings.tokens(model, asked, sides),
         "keys": words,
         "latents": asked.latents,
         "scale": np.float32(chosen.init_scale),
@@ -107,6 +119,7 @@ def text_to_image(
         "guidance_scale": np.asarray(asked.guidance_scales, np.float32).reshape(-1, 1, 1, 1),
         "keys": words,
         "sampler": solver.each,
+        "guidance": guide.each,
         "noise": draws.each,
     }
     first, every, last = parallel.split((first, every, np.float32(chosen.final_scale)), size)
@@ -114,13 +127,14 @@ def text_to_image(
     report = _reporter(progress)
 
     report("compile", 0, 1)
-    x, conditions = _prepare((model, guided, clip_skip, shape), params, first)
+    x, conditions = _prepare((model, sides, clip_skip, shape), params, first)
     count = 1 if progress else longest
     carry = _begin(solver.outline, solver.shared, x, every["sampler"])
     bounds = chosen.clip, chosen.threshold
-    static = (model, guided, count, bounds, solver.outline, draws.outline)
+    outlines = solver.outline, guide.outline, draws.outline
+    static = (model, sides, count, bounds, outlines)
     for index in range(0, longest, count):
-        shared = (params["unet"], solver.shared, draws.shared, np.int32(index))
+        shared = (params["unet"], solver.shared, guide.shared, draws.shared, np.int32(index))
         carry = _advance(static, shared, carry, conditions, every)
         if progress:  # programs are queued: without this, all steps are done at once
             jax.block_until_ready(carry)
@@ -140,9 +154,13 @@ def text_to_image(
     return result
 
 
+_PARTS = ("sampler", "guidance", "noise")
+"""What is taken apart into leaves that are shared and leaves that are one an image."""
+
+
 def _prepare_one(static: Any, params: Params, first: dict[str, Any]) -> tuple[Latents, dict]:
     """Everything before the first step: the noisy start, and what the networks are told."""
-    model, guided, clip_skip, shape = static
+    model, _, clip_skip, shape = static
     n = first["scale"].shape[0]
     latents = first["latents"]
     if latents is None:
@@ -171,29 +189,35 @@ def _advance_one(
     static: Any, shared: Any, carry: sampling.Carry, conditions: dict, every: dict[str, Any]
 ) -> sampling.Carry:
     """`count` steps from `index` on: the program that all the time is spent in."""
-    model, guided, count, bounds, solver, draws = static
-    unet, solver_shared, draws_shared, index = shared
-    sampler = parallel.Parts(solver, solver_shared, every["sampler"]).whole()
-    noise = parallel.Parts(draws, draws_shared, every["noise"]).whole()
+    model, sides, count, bounds, outlines = static
+    unet, *whole, index = shared
+    sampler, method, noise = (
+        parallel.Parts(outline, leaves, every[name]).whole()
+        for outline, leaves, name in zip(outlines, whole, _PARTS, strict=True)
+    )
+    n = carry.x.shape[0]
     if noise is None:
         noise = White(_keys(every["keys"]), carry.x.shape[1:])
     sigmas, timesteps = (every[name].swapaxes(0, 1) for name in ("sigmas", "timesteps"))
-    context, concat = conditions["context"], conditions["concat"]
-    tables = (sigmas, timesteps)
-    if guided:
-        tables = (jnp.tile(sigmas, (1, 2, 1, 1, 1)), jnp.tile(timesteps, (1, 2, 1, 1, 1)))
-        concat = None if concat is None else jnp.concatenate([concat, concat])
-    denoise = denoiser(
-        model,
-        {"unet": unet},
-        context,
-        pooled=conditions["pooled"],
-        time_ids=conditions["time_ids"],
-        concat=concat,
-        timesteps=tables,
-    )
-    if guided:
-        denoise = guidance.cfg(denoise, every["guidance_scale"])
+
+    def network(k: int) -> Denoiser:
+        """The last k sides: all of them, or the prompts alone."""
+        told = {name: jax.tree.map(lambda a: a[-k * n :], v) for name, v in conditions.items()}
+        concat, tile = conditions["concat"], (1, k, 1, 1, 1)  # the same for all sides
+        return denoiser(
+            model,
+            {"unet": unet},
+            told["context"],
+            pooled=told["pooled"],
+            time_ids=told["time_ids"],
+            concat=None if concat is None else jnp.concatenate([concat] * k),
+            timesteps=(jnp.tile(sigmas, tile), jnp.tile(timesteps, tile)),
+        )
+
+    denoise = network(1)
+    if sides > 1:
+        every_side = methods.Sides(network(sides), denoise, sigmas)
+        denoise = methods.restored(method)(every_side, every["guidance_scale"])
     denoise = bounded(denoise, *bounds)
     return sampling.scan(sampler, denoise, carry, sigmas, noise, index, count)
 
@@ -232,8 +256,10 @@ def _blank(model: Model, params: Params, n: int, shape: tuple[int, int, int]) ->
     return jnp.repeat(jnp.concatenate([mask, blank], axis=-1), n, axis=0)
 
 
-def _sampler_axis(size: int, leaf: Any) -> int | None:
-    """Hyper-parameters are one an image as [b, 1, 1, 1] or [n, b, 1, 1, 1], else shared by all."""
+def _image_axis(size: int, leaf: Any) -> int | None:
+    """Numbers of samplers and guidance are one an image as [b, 1, 1, 1] or [n, b, 1, 1, 1], else
+    shared by all.
+    """
     shape = np.shape(leaf)
     axis = len(shape) - 4
     return axis if axis in (0, 1) and shape[axis:] == (size, 1, 1, 1) else None
@@ -261,7 +287,7 @@ def _checked(noise: Any, steps: int, shape: tuple) -> tuple[Any, Callable[[Any],
 
 
 def _rows(pairs: Any) -> Any:
-    """[n, 2, ...] (negative, positive) -> [2 n, ...], negatives first: one true batch."""
+    """[n, k, ...] (negative, positive) -> [k n, ...], negatives first: one true batch."""
     return pairs.swapaxes(0, 1).reshape(-1, *pairs.shape[2:])
 
 
