@@ -35,6 +35,8 @@ SAMPLERS = (
     "seeds_2",
     "seeds_3",
     "er_sde",
+    "heunpp2",
+    "restart",
 )
 SPACINGS = (
     "karras",
