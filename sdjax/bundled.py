@@ -9,6 +9,8 @@ from sdjax.errors import InputError
 NAME = "scenes"
 """What `load` and the command call it, whatever the working folder holds."""
 
+ABOUT = "a small model of drawn landscapes that comes with sdjax"
+
 HOME = Path(__file__).parent / "assets" / NAME
 """A diffusers folder, stored in float16."""
 

@@ -57,6 +57,10 @@ class Model:
     """An absent negative prompt is zeros instead of the empty prompt (SDXL base)."""
     family: str = ""
     """The shipped config that this model is an instance of, for people to read."""
+    steps: int = dataclasses.field(default=20, compare=False)
+    """How many steps the model's makers advise."""
+    guidance_scale: float = dataclasses.field(default=7.5, compare=False)
+    """The guidance that they advise."""
     source: str = dataclasses.field(default="", compare=False)
     """Where the weights came from, for people to read."""
 

@@ -1,6 +1,8 @@
 """The command refuses in a sentence before it loads, and repeats what it made."""
 
+import dataclasses
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -11,6 +13,7 @@ import pytest
 
 from sdjax import bundled, images
 from sdjax.cli import main, request
+from sdjax.cli.command import parser
 from sdjax.errors import InputError
 
 MODEL = ["--model", "."]
@@ -112,9 +115,8 @@ def test_generate_refuses_what_cannot_work(tmp_path, capsys, arguments, sentence
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "there.png"]
 
 
-def test_generate_needs_a_prompt_and_a_model(tmp_path, capsys):
+def test_generate_needs_a_prompt(tmp_path, capsys):
     assert "no prompt was given" in refused(capsys, "generate", *MODEL)
-    assert "no model was given: add --model PATH" in refused(capsys, "generate", "a cat")
     assert "not valid Unicode" in refused(capsys, "generate", "a\udcff", *MODEL)
     (tmp_path / "prompts.txt").write_bytes(b"fine\ncaf\xe9\n")
     assert "prompts.txt, line 2: byte 4" in refused(capsys, "generate", "--prompts", "prompts.txt")
@@ -125,6 +127,7 @@ def test_generate_needs_a_prompt_and_a_model(tmp_path, capsys):
 def test_without_the_bundled_model_a_sentence_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bundled, "HOME", tmp_path / "assets")
     (tmp_path / "scenes").mkdir()  # a folder of one's own, which is ./scenes
+    assert "(--model PATH)" in refused(capsys, "generate", "a cat")
     for asked in (["inspect"], ["convert", "--dtype=float32"], ["generate", "x", "--model"]):
         new = ["new"] if "convert" in asked else []
         sentence = refused(capsys, *asked, "scenes", *new)
@@ -185,12 +188,14 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def bundle(model, tmp_path, monkeypatch):
-    """The tiny model in the bundled one's place, stored as that one is."""
+    """The tiny model in the bundled one's place, stored as that one is, with advice of its own."""
     import sdjax
 
     monkeypatch.setattr(bundled, "HOME", tmp_path / "package" / "scenes")
     bundled.HOME.parent.mkdir()
-    return sdjax.save(bundled.HOME, *sdjax.load(model), dtype="float16")
+    loaded, params = sdjax.load(model)
+    loaded = dataclasses.replace(loaded, steps=1, guidance_scale=3.0)
+    return sdjax.save(bundled.HOME, loaded, params, dtype="float16")
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +240,49 @@ def test_scenes_is_the_bundled_model_whatever_lies_here(bundle, model, tmp_path,
     assert str(bundle) in capsys.readouterr().out
     sentence = refused(capsys, "convert", "scenes", str(bundle), "--overwrite")
     assert "is what is to be converted" in sentence
+
+
+def test_without_a_model_the_bundled_one_is_used_as_it_advises(bundle, tmp_path, capsys):
+    (tmp_path / "scenes").mkdir()
+    size = ["--height", "32", "--width", "32", "--no-cache"]
+    assert main(["generate", "a cat", "--seed", "1", *size, "--out", "a.png"]) == 0
+    out, err = capsys.readouterr()
+    said = [line for line in err.splitlines() if "--model" in line]
+    assert said == [f"sdjax: scenes is {bundled.ABOUT}: for a real checkpoint add --model PATH"]
+    settings = settings_of("a.png")
+    wanted = {"steps": 1, "guidance_scale": 3.0, "dtype": "float32", "batch": 1}
+    wanted |= {"model": "scenes", "model_name": "scenes"}
+    assert {key: settings[key] for key in wanted} == wanted
+    assert main(["generate", "--from", "a.png", "--no-cache", "--out", "b.png"]) == 0
+    assert "--model" not in capsys.readouterr().err
+    np.testing.assert_array_equal(images.read("b.png"), images.read("a.png"))
+    assert settings_of("b.png") == settings
+    # Named by its place, it is still known: by the place here, by its weights' hash elsewhere.
+    again = ["generate", "--from", "a.png", "--no-cache", "--model", str(bundle), "--out", "c.png"]
+    assert main(again) == 0 and settings_of("c.png") == settings
+    images.save(tmp_path, "d", images.read("a.png"), settings | {"model": "/elsewhere/scenes"})
+    assert request.read(parser().parse_args(["generate", "--from", "d.png"])).model == "scenes"
+
+
+def test_what_a_model_advises_is_kept_and_torch_passes_it_over(bundle, caplog, monkeypatch):
+    from diffusers import StableDiffusionPipeline
+
+    import sdjax
+    from sdjax import config
+    from sdjax.checkpoints.folder import ADVICE, INDEX
+    from sdjax.checkpoints.loading import advised
+
+    assert sdjax.load(bundle)[0].guidance_scale == 3.0
+    index = json.loads((bundle / INDEX).read_text())
+    assert index[ADVICE] == {"steps": 1, "guidance_scale": 3.0}
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    StableDiffusionPipeline.from_pretrained(bundle)
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == []
+    assert advised({}, "") == {"steps": 20, "guidance_scale": 7.5}
+    assert advised(config.read("scenes")["model_index"], "")["guidance_scale"] == 3.0
+    for bad in ({"steps": 0}, {"guidance_scale": "much"}, {"guidance_scale": float("inf")}):
+        with pytest.raises(InputError, match="'_sdjax' must have steps from 1 to 1000"):
+            advised({ADVICE: bad}, "there")
 
 
 def test_the_hash_is_the_one_that_inspect_says(first, model, capsys):
@@ -285,6 +333,7 @@ def test_a_prompt_file_gives_an_image_a_line(first, model, tmp_path, capsys):
     out, err = capsys.readouterr()
     made = [images.Path(line).name for line in out.splitlines()]
     assert made == ["one-3.png", images.safe_name(long, 3) + ".png", "contact-sheet.png"]
+    assert settings_of(f"images/{made[0]}")["guidance_scale"] == 7.5
     assert err.count("cut: 'the  End'") == 1 and "is over 77 tokens" in err
     assert "variance_type" in err
 

@@ -18,6 +18,8 @@ from sdjax.checkpoints.tensors import Tensor, Tensors
 from sdjax.errors import InputError
 
 INDEX = "model_index.json"
+ADVICE = "_sdjax"
+"""The index's key for the steps and guidance that suit a model; diffusers passes such keys over."""
 
 PIPELINES = frozenset(
     f"StableDiffusion{kind}Pipeline"

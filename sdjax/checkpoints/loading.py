@@ -1,5 +1,6 @@
 """`load`: a checkpoint on disk or on the Hub to `(model, params)`."""
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -261,7 +262,23 @@ def assemble(source: Source, where: str) -> Model:
         zero_negative=bool(zero) and "text_encoder_2" in modules,
         family=source.family,
         source=where,
+        **advised(source.index, source.path),
     )
+
+
+def advised(index: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """The fields of `Model` for what a model's makers advise, from its index."""
+    given = index.get(folder.ADVICE, {})
+    known = {"steps": Model.steps, "guidance_scale": Model.guidance_scale}
+    known |= {n: v for n, v in given.items() if n in known} if isinstance(given, dict) else {}
+    steps, scale = known.values()
+    good = type(steps) is int and 1 <= steps <= 1000
+    if not (good and type(scale) in (int, float) and math.isfinite(scale)):
+        raise InputError(
+            f"{path}: {folder.ADVICE!r} must have steps from 1 to 1000 and a finite "
+            f"guidance_scale, got {given!r:.80}"
+        )
+    return {"steps": steps, "guidance_scale": float(scale)}
 
 
 def read(source: Source, dtype: np.dtype | None, progress: bool | Progress) -> dict[str, Any]:

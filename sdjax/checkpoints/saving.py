@@ -13,7 +13,7 @@ import numpy as np
 from sdjax import config as shipped
 from sdjax.checkpoints import naming, safetensors, single_file
 from sdjax.checkpoints.files import write_json
-from sdjax.checkpoints.folder import INDEX, NETWORKS, TOKENIZERS
+from sdjax.checkpoints.folder import ADVICE, INDEX, NETWORKS, TOKENIZERS
 from sdjax.checkpoints.tensors import floating
 from sdjax.errors import InputError
 from sdjax.model import Model
@@ -192,6 +192,8 @@ def index(model: Model) -> dict[str, Any]:
         elif not plain:
             written[name] = [None, None]
     written["_diffusers_version"] = VERSION
+    if (model.steps, model.guidance_scale) != (Model.steps, Model.guidance_scale):
+        written[ADVICE] = {"steps": model.steps, "guidance_scale": model.guidance_scale}
     written["scheduler"] = ["diffusers", model.scheduler.dict()["_class_name"]]
     if model.family == "x4-upscaler":
         written["low_res_scheduler"] = ["diffusers", "DDPMScheduler"]

@@ -53,9 +53,9 @@ def parser() -> Parser:
         metavar="IMAGE.png",
         help="repeat an image; other options change it",
     )
-    make.add_argument("--model", metavar="PATH", help=_MODEL)
+    make.add_argument("--model", metavar="PATH", help=f"{_MODEL} (scenes)")
     make.add_argument("--negative", metavar="TEXT", help="what not to see")
-    make.add_argument("--steps", metavar="N", help="1 to 1000 (20)")
+    make.add_argument("--steps", metavar="N", help="1 to 1000 (the model's own, else 20)")
     make.add_argument("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (the model's own)")
     make.add_argument(
         "--spacing",
@@ -63,7 +63,9 @@ def parser() -> Parser:
         help=f"of noise levels: {', '.join(SPACINGS)} (the model's own)",
     )
     make.add_argument(
-        "--guidance", metavar="SCALE", help="how closely to follow the prompt; 1 is off (7.5)"
+        "--guidance",
+        metavar="SCALE",
+        help="how closely to follow the prompt; 1 is off (the model's own, else 7.5)",
     )
     make.add_argument("--seed", metavar="N", help="0 to 2**64 - 1 (drawn, and said)")
     make.add_argument(

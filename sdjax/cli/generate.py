@@ -32,6 +32,8 @@ class Job(NamedTuple):
 def run(asked: argparse.Namespace) -> None:
     """Check, load, and save every image as soon as its batch is made."""
     wanted = request.read(asked)
+    if asked.model is None and asked.source is None:
+        note(f"{bundled.NAME} is {bundled.ABOUT}: for a real checkpoint add --model PATH")
     from sdjax import parallel
     from sdjax.checkpoints import digest
     from sdjax.checkpoints.loading import assemble, open_checkpoint, read
@@ -120,6 +122,8 @@ def completed(wanted: Request, model: "Model", source: "Source") -> Request:
     return wanted._replace(
         height=height,
         width=width,
+        steps=wanted.steps or model.steps,
+        guidance=model.guidance_scale if wanted.guidance is None else wanted.guidance,
         dtype=wanted.dtype or default_dtype(source, cpu or bundled.is_meant(wanted.model)),
         batch=wanted.batch or min(device_count() * (1 if cpu else 4), _total(wanted)),
     )
@@ -177,12 +181,14 @@ def common_settings(wanted: Request, model: "Model") -> dict[str, Any]:
     from sdjax.diffusion import profiles
     from sdjax.tasks.plan import choose
 
+    assert wanted.steps  # `completed`
     plan = choose(model, wanted.steps, wanted.sampler, wanted.spacing)
     if plan.note:
         note(plan.note)
     names = {kind: name for name, kind in profiles.SAMPLERS.items()}
-    here = os.path.exists(wanted.model) and not bundled.is_named(wanted.model)
-    config = wanted.config
+    # Its name says more than its place, which is another one on other machines.
+    where = bundled.NAME if bundled.is_meant(wanted.model) else wanted.model
+    here, config = os.path.exists(where) and not bundled.is_named(where), wanted.config
     return {
         "version": __version__,
         "negative_prompt": wanted.negative,
@@ -196,8 +202,8 @@ def common_settings(wanted: Request, model: "Model") -> dict[str, Any]:
         "width": wanted.width,
         "dtype": wanted.dtype,
         "batch": wanted.batch,
-        "model": request.from_home(wanted.model) if here else wanted.model,
-        "model_name": Path(wanted.model).stem if here else wanted.model,
+        "model": request.from_home(where) if here else where,
+        "model_name": Path(where).stem if here else where,
         "config": request.from_home(config) if config and os.path.exists(config) else config,
         "ema": wanted.ema,
         "variant": wanted.variant,
@@ -212,6 +218,7 @@ def made(
     from sdjax.tasks.text_to_image import text_to_image
 
     jobs = [Job(prompt, seed) for prompt in wanted.prompts for seed in wanted.seeds]
+    assert wanted.steps and wanted.guidance is not None  # `completed`
     size = wanted.batch or 1
     for start in range(0, len(jobs), size):
         some = jobs[start : start + size]
@@ -246,7 +253,7 @@ def foreign_noise(wanted: Request, model: "Model", seeds: list[int]) -> dict[str
     from sdjax.tasks.plan import choose
     from sdjax.tasks.settings import latent_shape
 
-    assert wanted.height and wanted.width  # `completed`
+    assert wanted.height and wanted.width and wanted.steps  # `completed`
     shape = latent_shape(model, wanted.height, wanted.width)
     plan = choose(model, wanted.steps, wanted.sampler, wanted.spacing)
     each = draws(plan.sampler, shape)

@@ -28,11 +28,11 @@ class Request(NamedTuple):
     prompts: list[str]
     negative: str | None
     seeds: list[int]  # every prompt is made with each
-    steps: int
+    steps: int | None
     sampler: str | None
     spacing: str | None
     noise: str | None
-    guidance: float
+    guidance: float | None
     height: int | None
     width: int | None
     dtype: str | None
@@ -51,23 +51,25 @@ def read(asked: argparse.Namespace) -> Request:
     """Check every option; with --from, what is not given comes from the image."""
     old: dict[str, Any] = images.read_settings(asked.source) if asked.source else {}
 
-    def given(name: str, key: str, default: Any = None) -> Any:
+    def given(name: str, key: str) -> Any:
         value = getattr(asked, name)
-        return value if value is not None else old.get(key, default)
+        return value if value is not None else old.get(key)
 
     prompts = _prompts(asked, old)
     count = whole("count", asked.count or "1", 1, 1_000_000)
-    steps = whole("steps", given("steps", "steps", "20"), 1, 1000)
+    steps = given("steps", "steps")
+    steps = whole("steps", steps, 1, 1000) if steps is not None else None
     sampler = known("sampler", given("sampler", "sampler"), SAMPLERS)
     spacing = known("spacing", given("spacing", "spacing"), SPACINGS)
     noise = known("noise", given("noise", "noise"), NOISES)
-    guidance = number("guidance", given("guidance", "guidance_scale", "7.5"))
+    guidance = given("guidance", "guidance_scale")
+    guidance = number("guidance", guidance) if guidance is not None else None
     height, width = (side(name, given(name, name)) for name in ("height", "width"))
     dtype = known("dtype", given("dtype", "dtype"), DTYPES)
     batch = given("batch", "batch")
     batch = whole("batch", batch, 1, 65536) if batch is not None else None
     same = asked.model is None  # as the image's; its other options belong to that model
-    model = _model(given("model", "model"), asked.source if same else None)
+    model = _model(given("model", "model"), asked.source if same else None, old)
     place = _place(asked.out, len(prompts) * count)
     return Request(
         prompts=prompts,
@@ -164,7 +166,7 @@ def _prompts(asked: argparse.Namespace, old: Mapping[str, Any]) -> list[str]:
         prompts = [old["prompt"]]
     if not prompts:
         raise InputError(
-            'no prompt was given: try sdjax generate "a lighthouse at dusk" --model PATH'
+            'no prompt was given: try sdjax generate "a red house by the sea at night"'
         )
     return [valid(prompt) for prompt in prompts]
 
@@ -192,12 +194,9 @@ def _seeds(value: Any, count: int) -> list[int]:
     return list(range(first, first + count))
 
 
-def _model(value: Any, source: str | None) -> str:
-    if not value:
-        raise InputError(
-            "no model was given: add --model PATH, a diffusers folder, a .safetensors or .ckpt "
-            "file, or a hub id such as org/name"
-        )
+def _model(value: Any, source: str | None, old: Mapping[str, Any]) -> str:
+    """Where the model is; `source` is the image that names it, if it is not the user who does."""
+    value = bundled.NAME if value is None else value
     if bundled.is_named(value):
         bundled.folder()
         return value
@@ -206,9 +205,20 @@ def _model(value: Any, source: str | None) -> str:
         raise InputError(f"model {ascii(value):.80} is no path")
     hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", value)
     if not os.path.lexists(value) and not hub_id:
+        if source and _is_bundled(old.get("model_hash")):
+            return bundled.NAME
         why = f", where {source} was made: give --model" if source else ": check --model"
         raise InputError(f"there is no model at {value}{why}")
     return value
+
+
+def _is_bundled(sha256: Any) -> bool:
+    """Whether weights of this hash are the bundled model's, wherever the image found them."""
+    if not bundled.HOME.is_dir():
+        return False
+    from sdjax.checkpoints import inspect
+
+    return inspect(bundled.NAME).sha256 == sha256
 
 
 def _place(out: str | None, total: int) -> tuple[Path, str | None]:

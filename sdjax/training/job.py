@@ -12,7 +12,7 @@ import numpy as np
 from sdjax import config, parallel
 from sdjax.checkpoints import save
 from sdjax.checkpoints.autoencoder import load_autoencoder, save_vae
-from sdjax.checkpoints.loading import CLASSES, family, load, load_vae
+from sdjax.checkpoints.loading import CLASSES, advised, family, load, load_vae
 from sdjax.checkpoints.lora import save_lora
 from sdjax.checkpoints.lpips import load_lpips
 from sdjax.diffusion.schedules import Schedule
@@ -303,6 +303,7 @@ def _fresh(run: Run) -> tuple[Model, Params]:
         schedule=Schedule.from_config(tables["scheduler"]),
         scheduler=FrozenConfig.of(tables["scheduler"]),
         family=family(modules, tables["scheduler"]),
+        **advised(tables.get("model_index", {}), run.model.config or ""),
     )
     return model, params
 
