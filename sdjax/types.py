@@ -71,7 +71,12 @@ class StepNoise(Protocol):
 
 @runtime_checkable
 class Sampler(Protocol):
-    """A pair of pure functions; a frozen dataclass under `pytree`."""
+    """A pair of pure functions; a frozen dataclass under `pytree`.
+
+    It may say more: `stochastic`, whether it draws (its eta, say, not being 0); `brownian`, that its
+    draws are of one path an image (`sampling.noise_of`); `plan(sigmas)`, what is run of a task's
+    levels (`plan.fitted`); `planned`, the fields that belong to a plan.
+    """
 
     def init(self, x: Latents) -> State: ...
 

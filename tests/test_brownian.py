@@ -11,7 +11,15 @@ from peers import QUICK
 from sdjax.diffusion import noise, sampling, spacings
 from sdjax.diffusion.analytic import Gaussian
 from sdjax.diffusion.brownian import BrownianTree
-from sdjax.diffusion.samplers import DPMSolverPP2MSDE, DPMSolverPPSDE
+from sdjax.diffusion.projection import Momentum
+from sdjax.diffusion.samplers import (
+    SEEDS2,
+    DPMSolverPP2MSDE,
+    DPMSolverPP3MSDE,
+    DPMSolverPPSDE,
+    Euler,
+    EulerAncestral,
+)
 from sdjax.types import leaves32
 
 SHAPE = (4, 4, 3)
@@ -84,7 +92,7 @@ def test_levels_that_a_path_does_not_have_are_loud():
 
 def test_finer_steps_approach_one_picture():
     """Where fresh noise would give another picture for every step count."""
-    tree, data = BrownianTree(KEYS, SHAPE), Gaussian(0.5, 1.0)
+    data = Gaussian(0.5, 1.0)
     x = 10 * noise.start(KEYS, SHAPE)
     sampler = leaves32(DPMSolverPP2MSDE())
 
@@ -97,8 +105,8 @@ def test_finer_steps_approach_one_picture():
         runs = [ends(noises, spacings.pad([row] * 3, 81).astype(np.float32)) for row in rows]
         return [float(jnp.sqrt(jnp.mean((run - runs[-1]) ** 2))) for run in runs[:-1]]
 
-    coarse, fine = gaps(tree)
-    assert fine < 0.6 * coarse < 0.3 * min(gaps(KEYS))
+    coarse, fine = gaps(KEYS)
+    assert fine < 0.6 * coarse < 0.3 * min(gaps(noise.White(KEYS, SHAPE)))
 
 
 def test_gradients_take_noise_for_a_constant():
@@ -111,13 +119,24 @@ def test_gradients_take_noise_for_a_constant():
     np.testing.assert_allclose(slope, value / 3, rtol=1e-5)
 
 
-def test_k_diffusions_two_draws_a_step_end_in_the_gaussian():
-    """The stages of DPM-Solver++ (SDE) follow one path: 4,096 chains, within 3 standard errors."""
-    chains, keys = 4096, noise.keys(range(4096))
+@pytest.mark.parametrize("kind", [DPMSolverPPSDE, DPMSolverPP2MSDE, DPMSolverPP3MSDE])
+def test_from_keys_alone_k_diffusions_sde_solvers_end_in_the_gaussian(kind):
+    """Also both stages of one that evaluates inside a step: 4,096 chains, 64 an image, within 3
+    standard errors.
+    """
+    chains, keys, shape = 4096, noise.keys(range(64)), (8, 8, 1)
     sigmas = spacings.karras(30, 0.02, 40.0).astype(np.float32)
-    tree = BrownianTree(keys, (1, 1, 1), sigma_max=64.0, depth=16)
-    x = 0.7 + jnp.sqrt(1.3**2 + 40.0**2) * noise.start(keys, (1, 1, 1))
-    whole = jax.jit(lambda *args: sampling.sample(*args, sigmas, tree), compiler_options=QUICK)
-    x = np.asarray(whole(leaves32(DPMSolverPPSDE()), Gaussian(0.7, 1.3), x))
+    x = 0.7 + jnp.sqrt(1.3**2 + 40.0**2) * noise.start(keys, shape)
+    whole = jax.jit(lambda *args: sampling.sample(*args, sigmas, keys), compiler_options=QUICK)
+    x = np.asarray(whole(leaves32(kind()), Gaussian(0.7, 1.3), x))
     assert abs(x.mean() - 0.7) < 3 * 1.3 / chains**0.5
     assert abs(x.var() / 1.3**2 - 1) < 3 * (2 / chains) ** 0.5
+
+
+def test_samplers_say_whose_noise_it_is():
+    """One path also inside what wraps a sampler; in white noise the others'."""
+    paths = (DPMSolverPPSDE(), DPMSolverPP2MSDE(), DPMSolverPP3MSDE(), Momentum(DPMSolverPPSDE()))
+    for sampler in paths:
+        assert isinstance(sampling.noise_of(sampler, KEYS, SHAPE), BrownianTree)
+    for sampler in (EulerAncestral(), SEEDS2(), Momentum(Euler())):
+        assert isinstance(sampling.noise_of(sampler, KEYS, SHAPE), noise.White)

@@ -222,12 +222,13 @@ def test_orders_are_as_stated(name):
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.chains])
 def test_chains_end_in_the_gaussian(name):
-    """Mean and variance over 4,096 chains, within 3 standard errors."""
+    """Mean and variance over 4,096 chains, within 3 standard errors, in white noise."""
     case, chains = CASES[name], 4096
     sigmas = spacings.karras(case.chains, 0.02, 40.0).astype(np.float32)
     keys = noise.keys(range(chains))
     x = 0.7 + jnp.sqrt(1.3**2 + 40.0**2) * noise.start(keys, (1, 1, 1))
-    whole = jax.jit(lambda *args: sampling.sample(*args, sigmas, keys), compiler_options=QUICK)
+    white = noise.White(keys, (1, 1, 1))
+    whole = jax.jit(lambda *args: sampling.sample(*args, sigmas, white), compiler_options=QUICK)
     x = np.asarray(whole(leaves32(case.sampler), leaves32(Gaussian(0.7, 1.3)), x))
     assert abs(x.mean() - 0.7) < 3 * 1.3 / chains**0.5
     assert abs(x.var() / 1.3**2 - 1) < 3 * (2 / chains) ** 0.5

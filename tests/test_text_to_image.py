@@ -249,11 +249,12 @@ def test_new_prompts_seeds_and_guidance_never_recompile_and_a_step_count_compile
 
 def test_an_image_does_not_depend_on_the_batch_around_it(sd1):
     asked = dict(steps=[3, 2, 3], guidance_scale=[7.5, 2.0, 1.0], seeds=[5, 6, 2**40 + 5])
-    together = pictures(sd1, ["a", "b", "c"], sampler=sdjax.EulerAncestral(), **asked)
+    sampler = "dpmpp_2m_sde"  # its noise is a Brownian path of the seed's
+    together = pictures(sd1, ["a", "b", "c"], sampler=sampler, **asked)
     asked = {name: values[::-1] for name, values in asked.items()}
-    backwards = pictures(sd1, ["c", "b", "a"], sampler=sdjax.EulerAncestral(), **asked)
+    backwards = pictures(sd1, ["c", "b", "a"], sampler=sampler, **asked)
     assert_same_pictures(backwards[::-1], together)
-    alone = pictures(sd1, "b", steps=2, guidance_scale=2.0, seeds=6, sampler=sdjax.EulerAncestral())
+    alone = pictures(sd1, "b", steps=2, guidance_scale=2.0, seeds=6, sampler=sampler)
     assert_same_pictures(alone[0], together[1])
 
 
@@ -404,13 +405,14 @@ def test_recorded_noise_takes_the_place_of_the_seeds(sd1):
     assert_same_pictures(second[0], both[1])
 
 
-def test_keys_and_white_noise_are_noise_too(sd1):
-    asked = dict(sampler=sdjax.EulerAncestral(), steps=3, seeds=[1, 2])
+def test_keys_and_noise_of_ones_own_are_noise_too(sd1):
+    """Whose kind is the sampler's: here a Brownian path an image."""
+    asked = dict(sampler="dpmpp_2m_sde", steps=3, seeds=[1, 2])
     own = pictures(sd1, ["a", "b"], **asked)
     keys = sdjax.keys([1, 2])
     assert (own == pictures(sd1, ["a", "b"], noise=keys, **asked)).all()
-    white = sdjax.White(keys, (8, 8, 4))
-    assert (own == pictures(sd1, ["a", "b"], noise=white, **asked)).all()
+    tree = sdjax.BrownianTree(keys, (8, 8, 4))
+    assert (own == pictures(sd1, ["a", "b"], noise=tree, **asked)).all()
 
 
 @pytest.mark.parametrize(

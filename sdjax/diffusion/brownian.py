@@ -20,6 +20,8 @@ class BrownianTree:
     (W(sigma_next) - W(sigma)) / sqrt(|sigma_next - sigma|), of unit variance, and increments over
     a -> b and b -> c add up to that over a -> c.
 
+    The noise of k-diffusion's SDE solvers where none is given (`sampling.noise_of`).
+
     A function of the image's key and the two levels alone: not of step, draw, schedule or batch.
     Keys are [b] (`noise.keys(seeds)`), `shape` is one image's; levels lie between 0 and
     `sigma_max`, else the noise is NaN. Another `sigma_max` is another path. `depth` halvings

@@ -138,6 +138,10 @@ class Momentum:
     def stochastic(self) -> Any:
         return getattr(self.sampler, "stochastic", None)
 
+    @property
+    def brownian(self) -> bool:
+        return getattr(self.sampler, "brownian", False)
+
     def init(self, x: Latents) -> State:
         return self.sampler.init(x), jnp.zeros_like(x)
 

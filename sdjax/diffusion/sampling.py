@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
+from sdjax.diffusion.brownian import BrownianTree
 from sdjax.diffusion.noise import Tape, White
 from sdjax.errors import InputError
 from sdjax.types import Denoiser, Draw, Index, Latents, Noise, Sampler, Sigma, State, Step
@@ -28,14 +29,21 @@ def sample(
     """Follow `sigmas` from x (at noise level sigmas[0]) to the last level, usually 0: then x is the
     image.
 
-    Not jitted: callers jit. `noise` is a `Noise`, or keys [b] for white noise; a sampler that draws
-    refuses None.
+    Not jitted: callers jit. `noise` is a `Noise`, or keys [b] for the sampler's own kind
+    (`noise_of`); a sampler that draws refuses None.
 
     A step that does not change sigma ends its image: shorter schedules are padded by repeating
     their last value (`spacings.pad`), and every image comes out as it would alone. Gradients flow
     to every argument.
     """
     return scan(sampler, denoise, begin(sampler, x), sigmas, noise).x
+
+
+def noise_of(sampler: Sampler, keys: Key[Array, "b"], shape: tuple[int, ...]) -> Noise:
+    """What a sampler draws where nothing else is asked for: white noise, or of one Brownian path an
+    image if its class says `brownian`. `shape` is one image's.
+    """
+    return (BrownianTree if getattr(sampler, "brownian", False) else White)(keys, shape)
 
 
 def begin(sampler: Sampler, x: Latents) -> Carry:
@@ -139,7 +147,7 @@ def _where(keep: Array, new: Array, old: Array) -> Array:
 
 
 def _noise(sampler: Sampler, noise: Any, x: Latents) -> Noise:
-    """Keys become white noise; None an error, at once where the sampler is known to draw."""
+    """Keys become noise; None an error, at once where the sampler is known to draw."""
     refusal = InputError(
         f"{type(sampler).__name__} draws noise at every step, but noise is None: pass keys [b] "
         "(sdjax.diffusion.noise.keys(seeds)) or a Noise"
@@ -168,7 +176,7 @@ def _noise(sampler: Sampler, noise: Any, x: Latents) -> Noise:
                 f"noise keys must be one an image, [{x.shape[0]}], got {list(noise.shape)}: "
                 "use sdjax.diffusion.noise.keys(seeds)"
             )
-        return White(noise, x.shape[1:])
+        return noise_of(sampler, noise, x.shape[1:])
     if not callable(noise):
         raise InputError(f"noise must be keys [b] or a Noise, got {type(noise).__name__}")
     return noise

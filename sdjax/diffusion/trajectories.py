@@ -120,6 +120,10 @@ class _Watched:
     def stochastic(self) -> Any:
         return getattr(self.sampler, "stochastic", None)
 
+    @property
+    def brownian(self) -> bool:
+        return getattr(self.sampler, "brownian", False)
+
     def init(self, x: Latents) -> State:
         return _Seen(self.sampler.init(x), jnp.zeros_like(x))
 

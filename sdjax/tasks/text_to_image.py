@@ -11,7 +11,7 @@ import numpy as np
 
 from sdjax import parallel
 from sdjax.diffusion import methods, sampling
-from sdjax.diffusion.noise import Tape, White, keys, start
+from sdjax.diffusion.noise import Tape, keys, start
 from sdjax.diffusion.plan import batch, bounded
 from sdjax.errors import InputError
 from sdjax.model import Model, Params, compute_dtype, decode, denoiser, encode_text, project
@@ -68,6 +68,8 @@ def text_to_image(
         latents: the starting noise, [b, h, w, c] of unit variance, instead of the seeds' own.
         noise: the stochastic samplers' noise, instead of the seeds' own: keys [b], or a `Noise`
             whose leaves count images along axis `noise.image_axis` (0 without that attribute).
+            From seeds and keys it is white, or of one Brownian path an image for the samplers that
+            k-diffusion gives one, DPM-Solver++'s SDE forms (`sampling.noise_of`).
         clip_skip: text encoder layers to leave out at the end, for the prompts only.
         progress: True draws bars; or a function that is told of every step.
         output: "latents" stops before the decoder: [b, h, w, c] float32 as the VAE scaled them.
@@ -103,7 +105,7 @@ def text_to_image(
     sampler = method.around(chosen.sampler) if hasattr(method, "around") else chosen.sampler
     solver = parallel.Parts.of(leaves32(sampler), functools.partial(_image_axis, size))
     guide = parallel.Parts.of(leaves32(method), functools.partial(_image_axis, size))
-    draws = parallel.Parts.of(*_checked(noise, longest, (size, *shape)))
+    draws = parallel.Parts.of(*_checked(sampler, noise, longest, (size, *shape)))
 
     words = _words(asked.seeds)
     # Everything per image leads with the image: that axis is split over the devices.
@@ -197,7 +199,7 @@ def _advance_one(
     )
     n = carry.x.shape[0]
     if noise is None:
-        noise = White(_keys(every["keys"]), carry.x.shape[1:])
+        noise = sampling.noise_of(sampler, _keys(every["keys"]), carry.x.shape[1:])
     sigmas, timesteps = (every[name].swapaxes(0, 1) for name in ("sigmas", "timesteps"))
 
     def network(k: int) -> Denoiser:
@@ -265,12 +267,14 @@ def _image_axis(size: int, leaf: Any) -> int | None:
     return axis if axis in (0, 1) and shape[axis:] == (size, 1, 1, 1) else None
 
 
-def _checked(noise: Any, steps: int, shape: tuple) -> tuple[Any, Callable[[Any], int | None]]:
+def _checked(
+    sampler: Sampler, noise: Any, steps: int, shape: tuple
+) -> tuple[Any, Callable[[Any], int | None]]:
     """The caller's noise, and which axis of its leaves counts images."""
     if noise is None:
         return None, lambda leaf: None
     if parallel.is_key(noise):  # [b], as `sample` takes them
-        noise = White(noise, shape[1:])
+        noise = sampling.noise_of(sampler, noise, shape[1:])
     if isinstance(noise, Tape):
         noise.check(steps, shape)
     if not callable(noise) or any(leaf is noise for leaf in jax.tree.leaves(noise)):

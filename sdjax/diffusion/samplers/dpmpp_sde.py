@@ -1,11 +1,13 @@
 """DPM-Solver++ for the reverse SDE: exponential integrators that add noise as they go.
 
 All three take `eta`, how much of the SDE's noise there is (0: the ODE, 1: the reverse-time SDE of
-Song et al., 2011.13456), and `s_noise`, a factor on what is added. k-diffusion draws theirs from a
-Brownian path: `sdjax.diffusion.brownian.BrownianTree`.
+Song et al., 2011.13456), and `s_noise`, a factor on what is added. As in k-diffusion their noise
+is that of one Brownian path an image unless another is given: `brownian` tells `sample` and tasks.
+`DPMSolverPPSDE` needs it; the multistep two, which draw once a step, have the same distribution
+with white noise, but on a path the picture stays as steps are refined.
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +34,7 @@ class DPMSolverPPSDE:
     eta: ArrayLike = 1.0
     s_noise: ArrayLike = 1.0
     r: ArrayLike = 0.5
+    brownian: ClassVar[bool] = True
 
     @property
     def stochastic(self) -> ArrayLike:
@@ -74,6 +77,7 @@ class DPMSolverPP2MSDE:
     solver: str = static(default="midpoint")
     eta: ArrayLike = 1.0
     s_noise: ArrayLike = 1.0
+    brownian: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.solver not in ("midpoint", "heun"):
@@ -128,6 +132,7 @@ class DPMSolverPP3MSDE:
     taylor: bool = static(default=False)
     eta: ArrayLike = 1.0
     s_noise: ArrayLike = 1.0
+    brownian: ClassVar[bool] = True
 
     @property
     def stochastic(self) -> ArrayLike:
