@@ -73,7 +73,7 @@ class StepNoise(Protocol):
 class Sampler(Protocol):
     """A pair of pure functions; a frozen dataclass under `pytree`.
 
-    It may say more: `stochastic`, whether it draws (its eta, say, not being 0); `brownian`, that its
+    It may say more: `stochastic`, whether it draws (its eta is not 0, say); `brownian`, that its
     draws are of one path an image (`sampling.noise_of`); `plan(sigmas)`, what is run of a task's
     levels (`plan.fitted`); `planned`, the fields that belong to a plan.
     """

@@ -8,11 +8,21 @@ import jax.numpy as jnp
 import k_diffusion
 import numpy as np
 import pytest
-from peers import relative_error
+from peers import QUICK, relative_error
 from sampler_runs import DRAWS, MIXTURE, SIGMAS, START, plain
 
-from sdjax.diffusion import noise, sampling
-from sdjax.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, EulerAncestral
+from sdjax.diffusion import noise, profiles, sampling, spacings, trajectories
+from sdjax.diffusion.analytic import Gaussian
+from sdjax.diffusion.samplers import (
+    DDIM,
+    DDPM,
+    DPMAdaptive,
+    DPMFast,
+    DPMSolverPP2M,
+    Euler,
+    EulerAncestral,
+    Restart,
+)
 from sdjax.diffusion.samplers.euler import ancestral
 from sdjax.errors import InputError
 from sdjax.types import leaves32
@@ -97,3 +107,22 @@ def test_unknown_options_are_refused():
         DPMSolverPP2M("euler")
     with pytest.raises(InputError, match="first_order_at_end"):
         DPMSolverPP2M(first_order_at_end="sometimes")
+
+
+def test_no_eta_needs_no_noise():
+    """Where it is a number before tracing; test_sampling has the traced one, which draws NaN."""
+
+    def never(x, sigma):
+        raise AssertionError("traced")
+
+    tape = noise.Tape(DRAWS[:2])
+    for kind in profiles.SAMPLERS.values():
+        if not hasattr(kind(), "eta"):
+            continue
+        sampler = kind(eta=0) if kind is not DPMAdaptive else kind(eta=0, rtol=1.0, atol=1.0)
+        with jax.disable_jit():
+            x = sampling.sample(leaves32(sampler), MIXTURE, START, SIGMAS[[0, 3, -1]], None)
+            drawn = sampling.sample(leaves32(sampler), MIXTURE, START, SIGMAS[[0, 3, -1]], tape)
+        np.testing.assert_array_equal(x, drawn, kind.__name__)
+        with pytest.raises(InputError, match="draws noise"):
+            sampling.sample(kind(eta=0.5), never, START, SIGMAS)

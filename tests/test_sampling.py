@@ -115,7 +115,7 @@ def test_a_sampler_that_draws_refuses_no_noise(sampler):
 
 
 def test_deterministic_samplers_need_no_noise_even_traced():
-    for sampler in (Euler(), DDIM(), DPMSolverPP2M()):
+    for sampler in (Euler(), DDIM(), DPMSolverPP2M(), EulerAncestral(eta=0)):
         x = quick(lambda s: sampling.sample(s, DATA, X, SIGMAS))(leaves32(sampler))
         assert np.isfinite(x).all()
     loud = quick(lambda s: sampling.sample(s, DATA, X, SIGMAS))(leaves32(DDIM(eta=1.0)))

@@ -41,7 +41,7 @@ class Euler:
 @pytree
 class EulerAncestral:
     """Euler down to a lower level, then fresh noise back up. Order 1, one evaluation a step, one
-    draw.
+    draw where `eta` > 0.
 
     k-diffusion's `sample_euler_ancestral`. `eta` 1 is DDPM's posterior (2006.11239, eq. 7), 0 is
     Euler.
@@ -51,8 +51,8 @@ class EulerAncestral:
     s_noise: ArrayLike = 1.0
 
     @property
-    def stochastic(self) -> bool:
-        return True
+    def stochastic(self) -> ArrayLike:
+        return self.eta
 
     def init(self, x: Latents) -> State:
         return ()
@@ -62,8 +62,8 @@ class EulerAncestral:
     ) -> tuple[Latents, State]:
         x0 = denoise(x, at.sigma)
         down, up = ancestral(at.sigma, at.sigma_next, self.eta)
-        fresh = noise(at.sigma, at.sigma_next)
-        return x0 + down / at.sigma * (x - x0) + up * self.s_noise * fresh, state
+        x = x0 + down / at.sigma * (x - x0)
+        return renoise(x, up * self.s_noise, lambda: noise(at.sigma, at.sigma_next)), state
 
 
 def ancestral(sigma: Sigma, sigma_next: Sigma, eta: ArrayLike) -> tuple[Sigma, Sigma]:
