@@ -126,3 +126,18 @@ def test_no_eta_needs_no_noise():
         np.testing.assert_array_equal(x, drawn, kind.__name__)
         with pytest.raises(InputError, match="draws noise"):
             sampling.sample(kind(eta=0.5), never, START, SIGMAS)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 10, 20, 30, 31])
+def test_by_name_dpm_fast_spends_an_evaluation_a_step(n):
+    """On every third of the levels; where they are even in log sigma, so are k-diffusion's."""
+    sigmas = spacings.exponential(n, 0.03, 14.6)
+    sampler, levels = DPMFast().plan(sigmas)
+    assert trajectories.evaluations(sampler, levels) == (n if n % 3 < 2 else n - 1)
+    top = levels[0], levels[-1], len(levels)
+    assert top == (sigmas[0], 0, n // 3 + 2)
+    if n > 5:
+        theirs = DPMFast.schedule(n - 3, 0.03, 14.6)[1]
+        np.testing.assert_allclose(levels[:-1], theirs)
+    kept, same = DPMFast(0, eta=0.3).plan(sigmas[:-1]) if n > 1 else DPMFast(0).plan(sigmas[:1])
+    assert kept.remainder == 0 and len(same) == n

@@ -1,9 +1,12 @@
 """DPM-Solver within one step: exponential integrators in the noise estimate, orders 1 to 3."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from sdjax.diffusion.samplers.euler import ancestral, renoise, root
 from sdjax.errors import InputError
@@ -20,6 +23,7 @@ class DPMFast:
     after 0 the last two steps have orders 2 and 1, after 1 and 2 the last has that order. It is a
     number, or one an image: budgets may differ within a program. `schedule` gives the sampler and
     the sigmas of a budget; sigmas may as well be one's own. A step to 0 is its denoised estimate.
+    By name, for profiles and tasks, as many evaluations are spent as there are steps: `plan`.
 
     With `eta` a step goes down as in `EulerAncestral`, never below `sigma_min`, and the last one
     adds no noise: in k-diffusion all ends at sigma_min > 0. A step that would go down to 0 (`eta`
@@ -50,6 +54,20 @@ class DPMFast:
             )
         sigmas = np.exp(np.linspace(np.log(sigma_max), np.log(sigma_min), int(n) // 3 + 2))
         return cls(int(n) % 3, eta, s_noise, sigma_min), sigmas
+
+    def plan(self, sigmas: Float[np.ndarray, "n"]) -> tuple["DPMFast", Float[np.ndarray, "m"]]:
+        """This sampler for n evaluations, and its levels: of a run of n steps, if it ends at 0.
+
+        n // 3 + 1 steps along the same spacing, the last of them to 0. Where n % 3 is 2 it takes
+        n - 1: in k-diffusion, which ends above 0, the last step has order 2 then.
+        """
+        if sigmas[-1] != 0:
+            return self, sigmas
+        n = len(sigmas) - 1
+        places = np.linspace(0, n - 1, n // 3 + 1)
+        fewer = np.exp(np.interp(places, np.arange(n), np.log(sigmas[:-1])))
+        fewer[0] = sigmas[0]
+        return dataclasses.replace(self, remainder=n % 3), np.append(fewer, 0.0)
 
     @property
     def stochastic(self) -> ArrayLike:
