@@ -1,4 +1,7 @@
-"""How other programs discretise: a `Plan` from a scheduler's config, or by name."""
+"""How other programs discretise: a `Plan` from a scheduler's config, or by name.
+
+`diffusers` from a config; `compvis`, `k_diffusion` and `a1111` by what these programs call things.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -43,6 +46,8 @@ from sdjax.diffusion.samplers import (
     UniPC,
 )
 from sdjax.diffusion.schedulers import alpha_bar, multistep, sigma_space
+from sdjax.diffusion.schedulers.a1111 import a1111 as a1111
+from sdjax.diffusion.schedulers.compvis import compvis as compvis
 from sdjax.diffusion.schedulers.tables import log_timestep, unit
 from sdjax.diffusion.schedules import Schedule
 from sdjax.errors import InputError
