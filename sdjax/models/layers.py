@@ -1,10 +1,13 @@
 """The layers that every network is built from: NHWC, computing in the dtype of their input."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.errors import ScopeParamShapeError
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -12,6 +15,23 @@ from sdjax.models.convolution import conv2d, doubled_conv2d
 
 _kernel_init = nn.initializers.lecun_normal()
 Padding = int | tuple[tuple[int, int], tuple[int, int]]
+
+
+def parameter(
+    module: nn.Module, name: str, init: Callable[..., Any], shape: tuple[int, ...]
+) -> Any:
+    """`module.param`, without a trace of `init` where the value is there already.
+
+    Flax traces it for its shape, in every layer of every program: a quarter of what it takes to
+    start where compiled programs are kept.
+    """
+    if not module.has_variable("params", name):
+        return module.param(name, init, shape)
+    value: Any = module.get_variable("params", name)
+    if value.shape != shape:
+        path = "/".join(module.path)
+        raise ScopeParamShapeError(name, path, value.shape, shape)
+    return value
 
 
 class Dense(nn.Module):
@@ -23,10 +43,10 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch features"]:
         """Map the last axis to `features`."""
-        kernel = self.param("kernel", _kernel_init, (x.shape[-1], self.features))
+        kernel = parameter(self, "kernel", _kernel_init, (x.shape[-1], self.features))
         y = jnp.dot(x, kernel.astype(x.dtype))
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(x.dtype)
         return y
 
@@ -49,7 +69,7 @@ class Conv(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b H W features"]:
         """Convolve x with the kernel."""
         size = self.kernel_size
-        kernel = self.param("kernel", _kernel_init, (size, size, x.shape[-1], self.features))
+        kernel = parameter(self, "kernel", _kernel_init, (size, size, x.shape[-1], self.features))
         kernel = kernel.astype(x.dtype)
         pad = self.padding
         pads = ((pad, pad), (pad, pad)) if isinstance(pad, int) else pad
@@ -60,7 +80,7 @@ class Conv(nn.Module):
         else:
             y = conv2d(x, kernel, self.stride, pads)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(x.dtype)
         return y
 
@@ -85,8 +105,8 @@ class GroupNorm(nn.Module):
     def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *space c"]:
         """Normalise x over space and the channels of each group."""
         b, c = x.shape[0], x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (c,)).astype(jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (c,)).astype(jnp.float32)
+        scale = parameter(self, "scale", nn.initializers.ones, (c,)).astype(jnp.float32)
+        bias = parameter(self, "bias", nn.initializers.zeros, (c,)).astype(jnp.float32)
         y = x.astype(jnp.float32).reshape(b, -1, c)
         mean, var = _group_moments(y, self.groups, shifted=not _coarse(x.dtype))
         gain = lax.rsqrt(var + self.epsilon) * scale
@@ -134,8 +154,8 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
         """Normalise x over its last axis; statistics are float32."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],))
+        bias = parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],))
         y = x.astype(jnp.float32)
         mean = y.mean(-1, keepdims=True)
         if _coarse(x.dtype):
@@ -157,5 +177,5 @@ class Embed(nn.Module):
     def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch features"]:
         """Look the rows up; the result has the table's dtype."""
         init = nn.initializers.normal(1 / math.sqrt(self.features))
-        table = self.param("embedding", init, (self.num, self.features))
+        table = parameter(self, "embedding", init, (self.num, self.features))
         return jnp.take(table, ids, axis=0)
