@@ -33,6 +33,43 @@ def res_multistep(denoise, x, sigmas, draw, eta=0.0, s_noise=1.0):
     return x
 
 
+def res_multistep_cfg_pp(guided, negative, x, sigmas, draw, eta=0.0):
+    """The negative's estimate is remembered, and stepped along."""
+    last = None
+    for i, (sigma, target) in pairs(sigmas):
+        x0, away = guided(x, sigma), negative(x, sigma)
+        down, up = ancestral_levels(sigma, target, eta)
+        if down == 0 or last is None:
+            x = x0 + (x - away) / sigma * down
+        else:
+            before, its_down = last
+            h = math.log(sigma / down)
+            c2 = math.log(its_down / sigmas[i - 1]) / h
+            phi1 = -math.expm1(-h) / h
+            phi2 = (1 - phi1) / h
+            x = x + (x0 - away)
+            x = math.exp(-h) * x + h * ((phi1 - phi2 / c2) * away + phi2 / c2 * before)
+        if target > 0 and up:
+            x = x + draw(i, sigma, target, 0) * up
+        last = away, down
+    return x
+
+
+def gradient_estimation_cfg_pp(guided, negative, x, sigmas, draw, gamma=2.0):
+    old = None
+    for i, (sigma, target) in pairs(sigmas):
+        x0 = guided(x, sigma)
+        d = (x - negative(x, sigma)) / sigma
+        if target == 0:
+            x = x0
+        else:
+            x = x0 + d * target
+            if i >= 1:
+                x = x + (gamma - 1) * (d - old) * (target - sigma)
+        old = d
+    return x
+
+
 def gradient_estimation(denoise, x, sigmas, draw, gamma=2.0):
     old = None
     for i, (sigma, target) in pairs(sigmas):

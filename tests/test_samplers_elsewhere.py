@@ -20,7 +20,7 @@ from sampler_runs import (
     recorded,
 )
 
-from sdjax.diffusion import profiles, sampling, spacings
+from sdjax.diffusion import guidance, profiles, sampling, spacings
 from sdjax.diffusion.plan import Plan, batch, fitted
 from sdjax.diffusion.samplers import (
     ERSDE,
@@ -59,6 +59,54 @@ def test_trajectories_and_their_cost_are_comfyuis(kind, reference, options):
         got = plain(kind(**options), 10 * START, sigmas, denoise=ours)[-1].x
         assert relative_error(got, want) <= (2e-5 if len(sigmas) > 3 else 1e-3)
         assert ours.calls == theirs.calls
+
+
+def both_sides(x, sigma):
+    """A unit Gaussian for the negatives, the mixture for the positives."""
+    negative, positive = jnp.split(x, 2)
+    sigma = sigma if sigma.ndim == 0 else jnp.split(sigma, 2)[0]
+    return jnp.concatenate([negative / (1 + sigma**2), leaves32(MIXTURE)(positive, sigma)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "reference", "options"),
+    [
+        *((RESMultistep, elsewhere.res_multistep_cfg_pp, {"eta": eta}) for eta in (0.0, 0.6)),
+        *(
+            (GradientEstimation, elsewhere.gradient_estimation_cfg_pp, o)
+            for o in ({}, {"gamma": 3})
+        ),
+    ],
+    ids=label,
+)
+def test_cfg_plus_plus_steps_along_the_negative_as_comfyui_does(kind, reference, options):
+    right = k_diffusion.Mixture()
+
+    def negative(x, sigma):
+        return x / (1 + sigma**2)
+
+    for scale, sigmas in ((0.6, SIGMAS), (1.7, SIGMAS[:4]), (0.3, SIGMAS[[0, -1]])):
+
+        def guided(x, sigma, scale=scale):
+            return negative(x, sigma) + scale * (right(x, sigma) - negative(x, sigma))
+
+        want = reference(guided, negative, 10.0 * START, sigmas, recorded, **options)
+        denoise = guidance.cfg(both_sides, scale)
+        sampler = kind(**options, plus_plus=True)
+        got = plain(sampler, 10 * START, sigmas, denoise=denoise)[-1].x
+        assert relative_error(got, want) <= (2e-5 if len(sigmas) > 3 else 1e-3)
+
+
+def test_cfg_plus_plus_is_compiled_and_bounded_and_asks_for_cfg():
+    sampler, x = RESMultistep(plus_plus=True), jnp.asarray(10 * START)
+    sigmas = jnp.asarray(spacings.pad([SIGMAS, SIGMAS[:4], SIGMAS[:2]]), jnp.float32)
+    denoise = guidance.clip(guidance.cfg(both_sides, 0.6), 1.2)
+    got = jax.jit(sampling.sample)(leaves32(sampler), leaves32(denoise), x, sigmas)
+    want = plain(sampler, 10 * START, SIGMAS, denoise=denoise)[-1].x
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5, atol=1e-5)
+    for unfit in (leaves32(MIXTURE), guidance.interval(denoise, leaves32(MIXTURE), 0.5, 2.0)):
+        with pytest.raises(InputError, match="guidance.cfg"):
+            jax.eval_shape(sampling.sample, sampler, unfit, x, sigmas)
 
 
 CHURN = {"s_churn": 2.0, "s_tmin": 0.3, "s_tmax": 6.0, "s_noise": 1.01}

@@ -7,7 +7,7 @@ from jax.typing import ArrayLike
 
 from sdjax.diffusion.samplers.euler import ancestral, renoise
 from sdjax.diffusion.samplers.exponential import log_ratio, phi
-from sdjax.types import Denoiser, Latents, Sigma, State, Step, StepNoise, pytree
+from sdjax.types import Denoiser, Latents, Sigma, State, Step, StepNoise, pytree, static
 
 
 class Memory(NamedTuple):
@@ -29,10 +29,16 @@ class RESMultistep:
 
     With `eta` the step is to the ancestral level below s', and noise follows. ComfyUI's quirk is
     kept: h_before then ends at the lower level of the step before, not at where it was noised to.
+
+    `plus_plus` is ComfyUI's `res_multistep_cfg_pp`, after CFG++ (Chung et al., 2406.08070): the
+    denoiser is `guidance.cfg`'s, and all estimates above are the negative's, to which comes the
+    guided one's difference: whole in a step of first order, e^-h of it in the others. The guidance
+    scale is CFG++'s strength, 0 to 1 in the paper.
     """
 
     eta: ArrayLike = 0.0
     s_noise: ArrayLike = 1.0
+    plus_plus: bool = static(default=False)
 
     @property
     def stochastic(self) -> ArrayLike:
@@ -44,11 +50,19 @@ class RESMultistep:
     def step(
         self, denoise: Denoiser, x: Latents, at: Step, state: State, noise: StepNoise
     ) -> tuple[Latents, State]:
-        x0 = denoise(x, at.sigma)
+        if self.plus_plus:
+            from sdjax.diffusion.guidance import with_negative  # which imports samplers
+
+            guided, x0 = with_negative(denoise, x, at.sigma)
+        else:
+            x0 = guided = denoise(x, at.sigma)
         down, up = ancestral(at.sigma, at.sigma_next, self.eta)
         h, ends = log_ratio(at.sigma, down), down == 0
         weight = jnp.where(ends, 0.0, h * h * phi(2, -h) * state.rate)
-        x = x0 + down / at.sigma * (x - x0) + weight * (x0 - state.x0)
+        ratio = down / at.sigma
+        x = x0 + ratio * (x - x0) + weight * (x0 - state.x0)
+        if self.plus_plus:
+            x = x + jnp.where(ends | (at.index == 0), 1.0, ratio) * (guided - x0)
         x = renoise(x, up * self.s_noise, lambda: noise(at.sigma, at.sigma_next))
         unusable = ends | (h == 0)
         rate = jnp.where(unusable, 0.0, 1 / jnp.where(unusable, 1.0, h))
