@@ -422,7 +422,7 @@ def test_methods_for_tasks_know_the_run_and_the_prompts_own_network():
         (methods.scheduled(sides, each, np.array([0.0, 1.0, 0.5])), (1, 3, 2)),
         (methods.limited(sides, each, 2.0, 4.0), (1, 3, 1)),
         (methods.limited(sides, each, 2.0, 4.0, projection.apg), None),
-        (methods.PlusPlus()(sides, each / 5), (1.2, 1.2, 0.6)),
+        (methods.CFGPlusPlus()(sides, each / 5), (1.2, 1.2, 0.6)),
     )
     for denoise, scales in cases:
         asked.clear()

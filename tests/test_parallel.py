@@ -21,7 +21,8 @@ folder, out = sys.argv[1:]
 model, params = sdjax.load(folder)
 params = sdjax.replicate(params)
 size = dict(height=64, width=64)
-asked = dict(seeds=range(5), steps=[2, 3, 2, 3, 3], sampler=sdjax.EulerAncestral(), **size)
+# Noise of a path of each image's own, guidance with a memory of each image's own.
+asked = dict(seeds=range(5), steps=[2, 3, 2, 3, 3], sampler="dpmpp_2m_sde", guidance="apg", **size)
 images = sdjax.text_to_image(model, params, list("abcde"), **asked)
 # No network in it: pure noise, from the start through every draw.
 noise = jax.pmap(lambda k: sdjax.White(jax.random.wrap_key_data(k), (8, 8, 4))(1, 1.0, 0.5))

@@ -10,8 +10,10 @@ from jax.tree_util import Partial
 from peers import FEW_LAYERS, nchw, nhwc, relative_error, save_tiny_pipeline
 
 import sdjax
-from sdjax.diffusion import methods, profiles
+from sdjax.diffusion import methods, profiles, trajectories
+from sdjax.diffusion.plan import batch
 from sdjax.tasks import settings
+from sdjax.tasks.plan import choose
 
 PROMPTS = ["a red house by the sea at night", "two boats"]
 STEPS = 10
@@ -390,6 +392,14 @@ def test_a_name_is_the_papers_method_on_what_the_network_predicts(sd1, small):
         output="latents",
     )
     assert relative_error(ours, np.concatenate(theirs)) <= 1e-4
+
+
+def test_dpm_fast_by_name_takes_about_as_many_evaluations_as_steps(sd1):
+    plans = [choose(sd1[0], n, "dpm_fast") for n in (20, 9, 4)]
+    own = [choose(sd1[0], 10, "dpm_fast", "karras"), choose(sd1[0], 7, sdjax.DPMFast(eta=0.5))]
+    counts = [int(trajectories.evaluations(p.sampler, p.sigmas)) for p in plans + own]
+    assert counts == [19, 9, 4, 10, 7]
+    assert np.ravel(batch(plans).sampler.remainder).tolist() == [2, 0, 1]  # one program
 
 
 def test_recorded_noise_takes_the_place_of_the_seeds(sd1):

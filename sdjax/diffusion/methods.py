@@ -75,7 +75,7 @@ def scheduled(denoise: Sides, guidance_scale: ArrayLike, weights: ArrayLike) -> 
 
 
 @pytree
-class PlusPlus:
+class CFGPlusPlus:
     """`guidance.cfg_plus_plus` on the levels of the run: the scale is from 0 to 1, `eta` the
     sampler's.
     """
@@ -123,7 +123,7 @@ METHODS: dict[str, Any] = {
     "apg": AdaptiveProjected(),
     "cfg_zero": zero_star,
     "tcfg": tangential,
-    "cfg_plus_plus": PlusPlus(),
+    "cfg_plus_plus": CFGPlusPlus(),
     "interval": limited,
     "perp_neg": Perpendicular(),
 }
