@@ -101,6 +101,35 @@ def test_sdxl_learns_v_with_zero_snr_offset_noise_and_blocks_computed_twice(tmp_
     assert config.prediction_type == "v_prediction" and config.rescale_betas_zero_snr
 
 
+def test_sd2_learns_v_with_its_openclip_encoder_and_is_saved(tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    torch_networks, model, params = trainers.networks("sd2")
+    assert model.text_encoder.text.hidden_act == "gelu"
+    assert model.unet.use_linear_projection and model.schedule.prediction == "v_prediction"
+    stage = SecondStage(model, ("unet", "text_encoder"), DiffusionLoss(caption_dropout=0.5))
+    batch = {"latents": trainers.latents_batch()["latents"]}
+    batch |= {"ids": trainers.some_batch(model)["ids"]}
+    keys = noise.keys(range(4))
+    ours = trainers.look(stage, *trainers.split(params, stage.trained), batch, keys)
+    expected = trainers.torch_loss(torch_networks, stage, batch, keys)
+    expected.backward()
+    theirs = trainers.torch_gradients({name: torch_networks[name] for name in stage.trained})
+    assert abs(float(ours.metrics["loss"]) / float(expected.detach()) - 1) < 1e-5
+    assert trainers.distance(ours.grads, theirs) < 1e-4
+
+    moved = {
+        name: jax.tree.map(lambda p, g: p - np.float32(0.1) * np.asarray(g), params[name], grads)
+        for name, grads in ours.grads.items()
+    }
+    sdjax.save(tmp_path / "after", model, params | moved)
+    other = StableDiffusionPipeline.from_pretrained(tmp_path / "after")
+    for name, tree in moved.items():
+        assert trainers.distance(peers.flax_params(getattr(other, name)), tree) == 0
+    assert other.scheduler.config.prediction_type == "v_prediction"
+    assert other.tokenizer.pad_token == "!"
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_network_that_says_the_target_makes_the_denoiser_exact(prediction):
     schedule = Schedule(prediction=prediction)

@@ -40,6 +40,7 @@ LITTLE_VAE = {
     "up_block_types": ["UpDecoderBlock2D"] * 2,
     "layers_per_block": 1,
 }
+ENCODERS = {"sd1": "clip-l", "sd2": "openclip-h", "sdxl": "clip-l"}
 SHALLOW, TWO_LAYERS = {"num_hidden_layers": 1}, {"num_hidden_layers": 2}
 PROMPTS = ["a red house", "a tree by the sea, at night", "", "two boats"]
 
@@ -50,7 +51,7 @@ def networks(family="sd1"):
     torch_networks = {
         "unet": peers.tiny_unet(family, LITTLE)[0],
         "vae": peers.tiny_vae(family, LITTLE_VAE)[0],
-        "text_encoder": peers.tiny_clip("clip-l", SHALLOW)[0],
+        "text_encoder": peers.tiny_clip(ENCODERS[family], SHALLOW)[0],
     }
     if family == "sdxl":
         torch_networks["text_encoder_2"] = peers.tiny_clip("openclip-bigg", TWO_LAYERS, seed=3)[0]
@@ -65,13 +66,15 @@ def networks(family="sd1"):
     modules = {name: classes[name].from_config(config) for name, config in configs.items()}
     model = Model(
         **{"text_encoder_2": None} | modules,
-        tokenizer=Tokenizer.clip(),
+        tokenizer=Tokenizer.clip("!" if family == "sd2" else "<|endoftext|>"),
         tokenizer_2=Tokenizer.clip("!") if family == "sdxl" else None,
         schedule=Schedule(**BETAS),
         scheduler=FrozenConfig.of({"_class_name": "DDPMScheduler"} | BETAS),
         zero_negative=family == "sdxl",
         family=family,
     )
+    if family == "sd2":
+        model = with_schedule(model, prediction="v_prediction")
     return torch_networks, model, {n: peers.flax_params(m) for n, m in torch_networks.items()}
 
 
