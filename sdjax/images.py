@@ -40,6 +40,7 @@ _SAMPLERS = {
     "unipc": "UniPC",
     "plms": "PLMS",
     "lcm": "LCM",
+    "restart": "Restart",
 }
 _SPACINGS = {
     "align_your_steps": "Align Your Steps",
@@ -118,6 +119,7 @@ def parameters(settings: Mapping[str, Any]) -> str:
     """The settings as one text in the form of AUTOMATIC1111's web interface, which others read."""
     sampler = settings.get("sampler") or settings.get("sampler_name")
     spacing = str(settings.get("spacing") or "")
+    loras = [(re.sub("[:,<>]", "", lora["name"]), lora) for lora in settings.get("loras") or ()]
     fields = {
         "Steps": settings.get("steps"),
         "Sampler": _SAMPLERS.get(sampler or "", sampler),
@@ -128,9 +130,12 @@ def parameters(settings: Mapping[str, Any]) -> str:
         "Size": f"{settings.get('width')}x{settings.get('height')}",
         "Model hash": (settings.get("model_hash") or "")[:10] or None,
         "Model": settings.get("model_name"),
+        "Lora hashes": ", ".join(f"{n}: {lora['short_hash']}" for n, lora in loras) or None,
         "Version": f"sdjax {settings['version']}" if "version" in settings else None,
     }
-    lines = [str(settings.get("prompt", ""))]
+    # To the program whose form this is, a LoRA is part of the prompt.
+    said = [f"<lora:{n}:{lora['scale']:g}>" for n, lora in loras]
+    lines = [" ".join([str(settings.get("prompt", "")), *said])]
     if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     lines.append(", ".join(f"{k}: {_quoted(v)}" for k, v in fields.items() if v is not None))

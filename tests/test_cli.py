@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import numpy as np
+import peers
 import pytest
 
 from sdjax import bundled, images
@@ -75,6 +76,13 @@ def somewhere(tmp_path, monkeypatch):
         (["--steps", "1001"], "steps must be a whole number from 1 to 1000, got 1001"),
         (["--steps", "2.5"], "steps must be a whole number from 1 to 1000, got 2.5"),
         (["--steps", "9" * 5000], "steps must be a whole number"),
+        (["--lora", "nowhere:0.5"], "there is no LoRA at nowhere: check --lora"),
+        (["--lora", "nowhere:else"], "there is no LoRA at nowhere:else: check --lora"),
+        (
+            ["--lora", "file:nan"],
+            "the scale of a LoRA must be a finite number such as 0.8, got nan",
+        ),
+        (["--lora", "file:lots"], "must be a finite number such as 0.8, got lots"),
         (["--guidance", "nan"], "guidance must be a finite number such as 7.5, got nan"),
         (["--guidance=-inf"], "guidance must be a finite number such as 7.5, got -inf"),
         (["--guidance", "7,5"], "guidance must be a finite number such as 7.5, got '7,5'"),
@@ -283,6 +291,62 @@ def test_what_a_model_advises_is_kept_and_torch_passes_it_over(bundle, caplog, m
     for bad in ({"steps": 0}, {"guidance_scale": "much"}, {"guidance_scale": float("inf")}):
         with pytest.raises(InputError, match="'_sdjax' must have steps from 1 to 1000"):
             advised({ADVICE: bad}, "there")
+
+
+def test_loras_make_the_pictures_of_the_weights_that_diffusers_fuses(tmp_path, capsys):
+    import test_lora
+    import trainers
+
+    import sdjax
+    from sdjax.checkpoints.lora import save_lora
+    from sdjax.training.lora import Lora
+
+    pipe, model, params = trainers.pipeline()
+    sdjax.save(tmp_path / "plain", model, params)
+    lora, tree = test_lora.some_lora(model)
+    save_lora(tmp_path / "ink", model, tree, lora.scale)
+    targets = ("to_q", "to_out.0", "proj_in", "fc1")
+    _, other = test_lora.some_lora(model, Lora(rank=2, alpha=1.0, targets=targets), seed=6)
+    other = {"unet": other["unet"]}  # diffusers forgets an encoder's first LoRA at its second
+    test_lora.kohya_file(tmp_path / "paint:2.safetensors", model, other, 1.0, False)
+    pipe.load_lora_weights(tmp_path / "ink", adapter_name="ink")
+    pipe.load_lora_weights(tmp_path / "paint:2.safetensors", adapter_name="paint")
+    pipe.set_adapters(["ink", "paint"], [4.0, 2.5])
+    pipe.fuse_lora(components=list(tree), adapter_names=["ink", "paint"])
+    pipe.unload_lora_weights()
+    fused = {name: peers.flax_params(getattr(pipe, name)) for name in tree}
+    sdjax.save(tmp_path / "fused", model, params | fused)
+
+    run = ["generate", "a cat", "--seed=1", "--no-cache", *SMALL, "--sampler=ddim"]
+    assert main([*run, "--model=fused", "--out=fused.png"]) == 0
+    assert main([*run, "--model=plain", "--out=plain.png"]) == 0
+    both = ["--lora=ink:4", "--lora=paint:2.safetensors:2.5"]
+    assert main([*run, "--model=plain", *both, "--out=mine.png"]) == 0
+    fused, plain, mine = (images.read(f"{n}.png").astype(int) for n in ("fused", "plain", "mine"))
+    assert np.abs(mine - fused).max() <= 1 and (mine != fused).mean() < 1e-2
+    assert np.abs(mine - plain).max() > 10
+
+    settings = settings_of("mine.png")
+    assert [(s["name"], s["scale"]) for s in settings["loras"]] == [("ink", 4.0), ("paint:2", 2.5)]
+    assert main(["generate", "--from=mine.png", "--no-cache", "--out=again.png"]) == 0
+    assert (images.read("again.png") == mine).all() and settings_of("again.png") == settings
+    repeat = ["generate", "--from=mine.png", "--no-cache", "--out=new.png"]
+    save_lora(tmp_path / "ink", model, tree, 2 * lora.scale)
+    capsys.readouterr()
+    assert "is not the image's" in refused(capsys, *repeat)
+    (tmp_path / "ink").rename(tmp_path / "blot")
+    assert "with which mine.png was made: give --lora" in refused(capsys, *repeat)
+    wider = some_file_of_another_model(tmp_path)
+    assert "use the model that it was trained for" in refused(capsys, *repeat, f"--lora={wider}")
+
+
+def some_file_of_another_model(folder):
+    from safetensors.numpy import save_file
+
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    halves = {"A": np.ones((2, 320), np.float32), "B": np.ones((320, 2), np.float32)}
+    save_file({f"{name}.lora_{h}.weight": v for h, v in halves.items()}, folder / "w.safetensors")
+    return folder / "w.safetensors"
 
 
 def test_the_hash_is_the_one_that_inspect_says(first, model, capsys):

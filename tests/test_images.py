@@ -56,6 +56,15 @@ def test_the_parameters_line_knows_the_other_programs_names():
     assert "Schedule type: SGM Uniform, " in line and ", RNG: NV, " in line
 
 
+def test_the_parameters_line_has_loras_where_the_other_program_has_them():
+    loras = [{"name": "a, b:c", "scale": 0.5, "short_hash": "0123456789ab"}]
+    loras.append({"name": "ink", "scale": -1.0, "short_hash": "ba9876543210"})
+    lines = images.parameters(SETTINGS | {"prompt": "a cat", "loras": loras}).split("\n")
+    assert lines[0] == "a cat <lora:a bc:0.5> <lora:ink:-1>"
+    hashes = '"a bc: 0123456789ab, ink: ba9876543210"'
+    assert lines[-1].endswith(f", Lora hashes: {hashes}, Version: sdjax 0.1.0")
+
+
 @pytest.mark.parametrize("prompt", ["a\0b", "lone \ud83d", "", "\N{CAT}" * 5000])
 def test_any_prompt_survives_the_file(tmp_path, prompt):
     path = images.save(tmp_path, "a", picture(), SETTINGS | {"prompt": prompt})

@@ -54,6 +54,12 @@ def parser() -> Parser:
         help="repeat an image; other options change it",
     )
     make.add_argument("--model", metavar="PATH", help=f"{_MODEL} (scenes)")
+    make.add_argument(
+        "--lora",
+        action="append",
+        metavar="FILE[:SCALE]",
+        help="a LoRA of diffusers, peft or kohya, and how much of it (1); as often as needed",
+    )
     make.add_argument("--negative", metavar="TEXT", help="what not to see")
     make.add_argument("--steps", metavar="N", help="1 to 1000 (the model's own, else 20)")
     make.add_argument("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (the model's own)")

@@ -38,6 +38,7 @@ def run(asked: argparse.Namespace) -> None:
     from sdjax.checkpoints import digest
     from sdjax.checkpoints.loading import assemble, open_checkpoint, read
     from sdjax.checkpoints.tensors import floating
+    from sdjax.cli import loras
 
     source = open_checkpoint(
         wanted.model, config=wanted.config, ema=wanted.ema, variant=wanted.variant
@@ -48,20 +49,23 @@ def run(asked: argparse.Namespace) -> None:
         note(source.note)
     model = assemble(source, wanted.model)
     wanted = completed(wanted, model, source)
+    updates = loras.load(wanted.loras, model)
     warn_of_cuts(wanted, source)
     files = [tensor.path for part in source.networks.values() for tensor in part.tensors.values()]
     weights = digest.of_files(files)
     if wanted.repeats:
         check_weights(wanted, model, weights)
     settings = common_settings(wanted, model) | {"model_hash": weights}
+    settings["loras"] = [update.settings for update in updates]
     keep_programs(asked)
     progress = Progress()
     saved: list[Path] = []
     try:
         dtype = floating(wanted.dtype) if wanted.dtype else None
         # Once: a call with params on one device copies them to all others again.
-        params = parallel.replicate(read(source, dtype, progress.loading))
-        del source
+        params = loras.merged(read(source, dtype, progress.loading), updates)
+        params = parallel.replicate(params)
+        del source, updates
         for job, pixels in made(wanted, model, params, progress):
             own = settings | {"prompt": job.prompt, "seed": job.seed}
             stem = wanted.stem or images.safe_name(job.prompt, job.seed)

@@ -22,6 +22,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 LAST_SEED = 2**64 - 1
 
 
+class Lora(NamedTuple):
+    """A file of low-rank updates, and how much of them."""
+
+    path: str
+    scale: float = 1.0
+    sha256: str | None = None  # that it must have, to repeat an image
+
+
 class Request(NamedTuple):
     """One run of `sdjax generate`; None leaves a choice to the model or the device."""
 
@@ -41,6 +49,7 @@ class Request(NamedTuple):
     config: str | None
     ema: bool
     variant: str | None
+    loras: tuple[Lora, ...]
     folder: Path
     stem: str | None  # of the one image, where the user named it
     repeats: Mapping[str, Any] | None  # the settings of the image that this repeats
@@ -88,6 +97,7 @@ def read(asked: argparse.Namespace) -> Request:
         config=asked.config or (_config(old) if same else None),
         ema=asked.ema or (same and old.get("ema") is True),
         variant=asked.variant or (_text("variant", old.get("variant")) if same else None),
+        loras=_loras(asked.lora, old, asked.source),
         folder=place[0],
         stem=place[1],
         repeats=old or None,
@@ -104,14 +114,14 @@ def whole(name: str, value: Any, low: int, high: int) -> int:
     return int(text)
 
 
-def number(name: str, value: Any) -> float:
+def number(name: str, value: Any, such: str = "7.5") -> float:
     """A finite number."""
     try:
         result = float(value)
     except (TypeError, ValueError, OverflowError):
         result = math.nan
     if not math.isfinite(result):
-        raise InputError(f"{name} must be a finite number such as 7.5, got {_shown(value)}")
+        raise InputError(f"{name} must be a finite number such as {such}, got {_shown(value)}")
     return result
 
 
@@ -219,6 +229,37 @@ def _is_bundled(sha256: Any) -> bool:
     from sdjax.checkpoints import inspect
 
     return inspect(bundled.NAME).sha256 == sha256
+
+
+def _loras(
+    given: Sequence[str] | None, old: Mapping[str, Any], source: str | None
+) -> tuple[Lora, ...]:
+    """Those of the command line, or else those of the image."""
+    found = [_lora(text) for text in given or ()]
+    told = old.get("loras") if given is None else None
+    for entry in told if isinstance(told, list) else [told] if told else []:
+        if not isinstance(entry, dict):
+            raise InputError(f"{source}: its settings (the text `sdjax`) are damaged")
+        path = near_home(valid(entry.get("path"), "LoRA"))
+        scale = number("the scale of a LoRA", entry.get("scale"), "0.8")
+        found.append(Lora(path, scale, valid(entry.get("hash"), "hash of a LoRA")))
+    for lora in found:
+        if "\0" in lora.path or not os.path.lexists(lora.path):
+            why = f", with which {source} was made: give --lora" if told else ": check --lora"
+            path = lora.path.replace("\0", "\\0")
+            raise InputError(f"there is no LoRA at {path}{why}")
+    return tuple(found)
+
+
+def _lora(text: str) -> Lora:
+    """FILE, or FILE:SCALE where there is no file of the whole name."""
+    text = valid(text, "LoRA")
+    path, colon, scale = text.rpartition(":")
+    numeric = re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?|[+-]?(nan|inf)", scale, re.IGNORECASE)
+    whole, part = near_home(text), near_home(path)
+    if not colon or os.path.lexists(whole) or not (numeric or os.path.lexists(part)):
+        return Lora(whole)
+    return Lora(part, number("the scale of a LoRA", scale, "0.8"))
 
 
 def _place(out: str | None, total: int) -> tuple[Path, str | None]:
