@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 import sdjax
-from sdjax import lab
+from sdjax import bundled, lab
 from sdjax.cli import command
 from sdjax.cli import lab as cli
 from sdjax.diffusion.samplers import (
@@ -24,6 +24,7 @@ from sdjax.diffusion.samplers import (
     HeunPP2,
     Restart,
 )
+from sdjax.diffusion.schedules import Schedule
 from sdjax.errors import InputError
 from sdjax.lab import drawing, plots
 from sdjax.lab.compare import afforded
@@ -226,6 +227,83 @@ def test_nothing_to_compare_is_refused():
         lab.compare(lab.mixture(), {})
     with pytest.raises(InputError, match="nfe must be at least 1"):
         lab.compare(lab.mixture(), {"a": Euler()}, nfe=[0])
+
+
+@pytest.fixture(scope="module")
+def small_scenes(tmp_path_factory):
+    """A folder as the bundled one: its tokenizer, pictures of 64 pixels, no sense."""
+    from test_training_job import SMALL
+
+    from sdjax.model import FrozenConfig, Model
+    from sdjax.models.clip import CLIPTextModel
+    from sdjax.models.unet import UNet
+    from sdjax.models.vae import AutoencoderKL
+    from sdjax.training import scenes
+    from sdjax.training.vocabulary import learn
+
+    vae = SMALL["vae"] | {
+        "block_out_channels": [8] * 4,
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+    }
+    modules = {
+        "unet": UNet.from_config(SMALL["unet"] | {"sample_size": 8}),
+        "vae": AutoencoderKL.from_config(vae),
+        "text_encoder": CLIPTextModel.from_config(SMALL["text_encoder"]),
+    }
+    model = Model(
+        **modules,
+        text_encoder_2=None,
+        tokenizer=learn(scenes.vocabulary(), 32),
+        tokenizer_2=None,
+        schedule=Schedule.from_config(SMALL["scheduler"]),
+        scheduler=FrozenConfig.of(SMALL["scheduler"]),
+        family="sd1",
+        guidance_scale=3.0,
+    )
+    params = {name: tiny.random_params(module, 1) for name, module in modules.items()}
+    return sdjax.save(tmp_path_factory.mktemp("scenes") / "model", model, params, dtype="float16")
+
+
+def test_of_scenes_it_measures_what_pictures_show(small_scenes, tmp_path, monkeypatch):
+    """Without guidance towards a prompt a picture is its seed's: asked for what is there or not."""
+    from sdjax.training.scenes import asked
+    from sdjax.training.scenes.measure import measure
+    from sdjax.training.scenes.world import TIMES
+
+    monkeypatch.setattr(bundled, "HOME", small_scenes)
+    monkeypatch.setattr(lab.Pictures, "reference", lambda self, n: np.zeros((n, 8, 8, 4)))
+    model, params = sdjax.load(dtype="float32")
+    problem = lab.Pictures(model, params, ["a house"], guidance_scale=0.0)
+    images = problem._decoded(problem.solve(Euler(), "karras", 1, 2))
+    seen = [view.time for view in measure(images)]
+    other = next(time for time in TIMES if time != seen[1])
+    assert (asked(seen[0]).time, asked(other).time) == (seen[0], other)
+    (tmp_path / "prompts.txt").write_text(f"{seen[0]}\n{other}\n")
+    run = ["lab", "compare", "--model", "scenes", "--samplers", "euler", "--count", "2"]
+    run += ["--nfe", "1", "--guidance", "0", "--prompts", str(tmp_path / "prompts.txt")]
+    assert command.main([*run, "--out", str(tmp_path / "lab"), "--no-cache"]) == 0
+    (row,) = csv.DictReader((tmp_path / "lab" / "comparison.csv").open())
+    assert row["problem"] == "scenes" and float(row["attributes"]) == 0.5
+
+
+def test_of_scenes_it_asks_for_captions_with_the_models_own_guidance(small_scenes, monkeypatch):
+    from sdjax.training.scenes import asked
+
+    found = []
+
+    def stopped(problem, *_, **__):
+        found.append(problem)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bundled, "HOME", small_scenes)
+    monkeypatch.setattr(lab, "compare", stopped)
+    run = ["lab", "compare", "--samplers", "euler", "--count", "5", "--no-cache", "--model"]
+    assert command.main([*run, str(small_scenes)]) == 130
+    (problem,) = found
+    assert problem._scenes and problem._guidance == 3.0 and len(set(problem._prompts)) == 5
+    assert all(asked(prompt) != asked("") for prompt in problem._prompts)
+    assert command.main([*run, "scenes"]) == 130 and found[1]._prompts == problem._prompts
 
 
 def test_a_model_is_compared_on_its_own_pictures(tmp_path, capsys):

@@ -141,10 +141,15 @@ def parser() -> Parser:
     )
     rank.add_argument("--nfe", default="5,10,20,40", metavar="N,N", help="evaluations (5,10,20,40)")
     rank.add_argument(
-        "--model", default="mixture", help="gaussian, mixture, or what generate takes (mixture)"
+        "--model",
+        default="mixture",
+        help="gaussian, mixture, or what generate takes; of scenes, how much of their prompts "
+        "pictures show is measured too (mixture)",
     )
-    rank.add_argument("--prompts", metavar="FILE", help="of a model, one a line")
-    rank.add_argument("--guidance", default="7.5", metavar="SCALE", help="of a model (7.5)")
+    rank.add_argument(
+        "--prompts", metavar="FILE", help="of a model, one a line (of scenes: captions)"
+    )
+    rank.add_argument("--guidance", metavar="SCALE", help="of a model (its own, else 7.5)")
     rank.add_argument("--dtype", help="of a model's weights (as stored)")
     rank.add_argument("--count", metavar="N", help="samples in each cell (2048; of a model 16)")
     rank.add_argument(

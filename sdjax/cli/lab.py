@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from sdjax import bundled
 from sdjax.cli import request
 from sdjax.cli.generate import keep_programs
 from sdjax.cli.show import Interrupted, note, say
@@ -20,11 +21,14 @@ def run(asked: argparse.Namespace) -> None:
     nfe = [request.whole("nfe", n, 1, 10_000) for n in asked.nfe.split(",")]
     exact = asked.model in ANALYTIC
     count = request.whole("count", asked.count or (2048 if exact else 16), 2, 1_000_000)
-    guidance = request.number("guidance", asked.guidance)
+    guidance = None if asked.guidance is None else request.number("guidance", asked.guidance)
     prompts = read_prompts(asked.prompts) if asked.prompts else []
     if exact and prompts:
         raise InputError(f"--prompts are for a model, and {asked.model} has none: leave them out")
-    if not exact and not prompts:
+    own = bundled.is_meant(asked.model)
+    if own:
+        bundled.folder()
+    elif not exact and not prompts:
         raise InputError("a model is compared on prompts: give --prompts FILE, one a line")
     out = Path(asked.out)
     if out.exists() and not out.is_dir() and out.suffix != ".md":
@@ -39,9 +43,14 @@ def run(asked: argparse.Namespace) -> None:
     else:
         from sdjax.checkpoints.loading import load
 
-        model, params = load(asked.model, dtype=asked.dtype)
+        model, params = load(asked.model, dtype=asked.dtype or ("float32" if own else None))
         problem = lab.Pictures(
-            model, params, prompts, name=Path(asked.model).name, guidance_scale=guidance
+            model,
+            params,
+            prompts or _captions(count),
+            name=Path(asked.model).name,
+            guidance_scale=model.guidance_scale if guidance is None else guidance,
+            scenes=own,
         )
 
     def told(done: int, total: int, what: str) -> None:
@@ -54,6 +63,14 @@ def run(asked: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         raise Interrupted("nothing was written") from None
     say(str(found.save(out)))
+
+
+def _captions(count: int) -> list[str]:
+    """What scenes are asked for: captions of the world that no training sees."""
+    from sdjax.training import scenes
+    from sdjax.training.feeding import HELD_OUT
+
+    return [scenes.caption(scenes.scene(HELD_OUT, n), n) for n in range(count)]
 
 
 def _names(what: str, given: str, names: tuple[str, ...]) -> list[str]:
