@@ -91,6 +91,7 @@ def somewhere(tmp_path, monkeypatch):
         (["--seed", str(2**64 - 2), "--count", "3"], "pass the last seed, 2**64 - 1"),
         (["--count", "0"], "count must be a whole number from 1 to 1000000, got 0"),
         (["--batch", "0"], "batch must be a whole number from 1 to 65536, got 0"),
+        (["--guidance-method", "apgg"], "unknown guidance method apgg: try apg"),
         (["--sampler", "eulr"], "unknown sampler eulr: try euler"),
         (["--sampler", "Euler a"], "unknown sampler 'Euler a': try euler_ancestral"),
         (["--sampler", "DPM++ 2M"], "unknown sampler 'DPM++ 2M': try dpmpp_2m"),
@@ -167,10 +168,11 @@ def test_help_and_version_are_results(capsys):
 
 
 def test_names_are_those_of_the_library():
-    from sdjax.diffusion import profiles
+    from sdjax.diffusion import methods, profiles
 
     assert set(request.SAMPLERS) == set(profiles.SAMPLERS)
     assert set(request.SPACINGS) == set(profiles.SPACINGS)
+    assert set(request.GUIDANCE) == set(methods.METHODS)
 
 
 def settings_of(path):
@@ -347,6 +349,25 @@ def some_file_of_another_model(folder):
     halves = {"A": np.ones((2, 320), np.float32), "B": np.ones((320, 2), np.float32)}
     save_file({f"{name}.lora_{h}.weight": v for h, v in halves.items()}, folder / "w.safetensors")
     return folder / "w.safetensors"
+
+
+def test_a_method_of_guidance_is_passed_on_told_and_repeated(model, capsys, monkeypatch):
+    from sdjax.tasks import text_to_image as task
+
+    asked = []
+
+    def made(model, params, prompts, *, guidance, guidance_scale, height, width, **_):
+        asked.append((guidance, guidance_scale))
+        return np.zeros((len(prompts), height, width, 3), np.uint8)
+
+    monkeypatch.setattr(task, "text_to_image", made)
+    run = ["generate", "a cat", "--seed=1", "--no-cache", *SMALL, "--guidance-method=cfg_plus_plus"]
+    sentence = refused(capsys, *run, f"--model={model}")
+    assert sentence.startswith("guidance_scale must be from 0 to 1") and "got 7.5" in sentence
+    assert main([*run, f"--model={model}", "--guidance=0.6", "--out=a.png"]) == 0
+    assert settings_of("a.png")["guidance_method"] == "cfg_plus_plus"
+    assert main(["generate", "--from=a.png", "--no-cache", "--out=b.png"]) == 0
+    assert asked == [("cfg_plus_plus", 0.6)] * 2 and settings_of("b.png") == settings_of("a.png")
 
 
 def test_the_hash_is_the_one_that_inspect_says(first, model, capsys):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from sdjax.cli import convert, generate, inspect, lab, train
-from sdjax.cli.request import NOISES, SAMPLERS, SPACINGS
+from sdjax.cli.request import GUIDANCE, NOISES, SAMPLERS, SPACINGS
 from sdjax.cli.show import Interrupted, note, say
 from sdjax.errors import InputError
 
@@ -73,6 +73,7 @@ def parser() -> Parser:
         metavar="SCALE",
         help="how closely to follow the prompt; 1 is off (the model's own, else 7.5)",
     )
+    make.add_argument("--guidance-method", metavar="NAME", help=f"how: {', '.join(GUIDANCE)} (cfg)")
     make.add_argument("--seed", metavar="N", help="0 to 2**64 - 1 (drawn, and said)")
     make.add_argument(
         "--noise",

@@ -113,7 +113,9 @@ def completed(wanted: Request, model: "Model", source: "Source") -> Request:
     """The request with the model's and the device's choices filled in, and what they refuse."""
     import jax
 
+    from sdjax.diffusion.methods import METHODS
     from sdjax.parallel import device_count
+    from sdjax.tasks.settings import check_limits
 
     cpu = jax.default_backend() == "cpu"
     factor = model.vae.factor
@@ -123,11 +125,13 @@ def completed(wanted: Request, model: "Model", source: "Source") -> Request:
         if pixels % factor:
             low = max(factor, pixels // factor * factor)
             raise InputError(f"{name} must be a multiple of {factor}, got {pixels}: try {low}")
+    guidance = model.guidance_scale if wanted.guidance is None else wanted.guidance
+    check_limits(METHODS[wanted.method or "cfg"], [guidance])
     return wanted._replace(
         height=height,
         width=width,
         steps=wanted.steps or model.steps,
-        guidance=model.guidance_scale if wanted.guidance is None else wanted.guidance,
+        guidance=guidance,
         dtype=wanted.dtype or default_dtype(source, cpu or bundled.is_meant(wanted.model)),
         batch=wanted.batch or min(device_count() * (1 if cpu else 4), _total(wanted)),
     )
@@ -202,6 +206,7 @@ def common_settings(wanted: Request, model: "Model") -> dict[str, Any]:
         "spacing": wanted.spacing,
         "noise": wanted.noise,
         "guidance_scale": wanted.guidance,
+        "guidance_method": wanted.method,
         "height": wanted.height,
         "width": wanted.width,
         "dtype": wanted.dtype,
@@ -239,6 +244,7 @@ def made(
                 sampler=wanted.sampler,
                 spacing=wanted.spacing,
                 guidance_scale=wanted.guidance,
+                guidance=wanted.method,
                 height=wanted.height,
                 width=wanted.width,
                 progress=progress.running,

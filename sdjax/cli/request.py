@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from sdjax import bundled, images
 from sdjax.cli.show import note
-from sdjax.diffusion.names import SAMPLERS, SPACINGS
+from sdjax.diffusion.names import GUIDANCE, SAMPLERS, SPACINGS
 from sdjax.errors import InputError
 from sdjax.text import read_prompts, valid
 
@@ -41,6 +41,7 @@ class Request(NamedTuple):
     spacing: str | None
     noise: str | None
     guidance: float | None
+    method: str | None  # of guidance
     height: int | None
     width: int | None
     dtype: str | None
@@ -89,6 +90,7 @@ def read(asked: argparse.Namespace) -> Request:
         spacing=spacing,
         noise=noise,
         guidance=guidance,
+        method=known("guidance method", given("guidance_method", "guidance_method"), GUIDANCE),
         height=height,
         width=width,
         dtype=dtype,
