@@ -7,8 +7,9 @@ import pytest
 from scipy import stats
 from test_profiles import network
 
-from sdjax.diffusion import noise, sampling
-from sdjax.diffusion.profiles import a1111, compvis
+from sdjax import images
+from sdjax.diffusion import noise, sampling, spacings
+from sdjax.diffusion.profiles import SAMPLERS, a1111, compvis
 from sdjax.diffusion.samplers import DPMAdaptive, DPMSolverPP2M, DPMSolverPP2MSDE, Restart, UniPC
 from sdjax.diffusion.schedules import Schedule, planned_timestep, to_x0
 from sdjax.errors import InputError
@@ -212,6 +213,17 @@ def test_a1111_labels_choose_what_the_program_chooses():
         np.testing.assert_allclose(a1111(SD, label, steps=9).sigmas, schedule_of(kind, 9))
     assert a1111(SD, "DPM++ 2M SDE Heun", eta=0.4).sampler == DPMSolverPP2MSDE("heun", 0.4)
     assert a1111(SD, "DPM++ 3M SDE").sampler.eta == 1 and a1111(SD, "DDIM").sampler.eta == 0
+
+
+def test_a1111_reads_the_labels_that_pictures_get_here():
+    for name, label in images._SAMPLERS.items():
+        if label != "DDPM":  # which it does not have
+            assert type(a1111(SD, label, steps=4).sampler) is SAMPLERS[name]
+    for name, label in images._SPACINGS.items():
+        if not name.startswith("align"):  # its tables are rounded
+            sigmas = spacings.named(name, 9, SD)[0]
+            sigmas = spacings.kl_optimal(10, LOW, HIGH)[:-1] if "kl" in name else sigmas
+            np.testing.assert_allclose(a1111(SD, "Euler", label, 9).sigmas, sigmas, rtol=1e-4)
 
 
 def test_a1111_options_do_what_they_say():

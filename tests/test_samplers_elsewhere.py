@@ -9,6 +9,7 @@ import pytest
 from peers import relative_error
 from sampler_runs import (
     DRAWS,
+    LONG,
     MIXTURE,
     SIGMAS,
     START,
@@ -19,6 +20,7 @@ from sampler_runs import (
     plain,
     recorded,
 )
+from test_sampler_battery import fine
 
 from sdjax.diffusion import guidance, profiles, sampling, spacings
 from sdjax.diffusion.plan import Plan, batch, fitted
@@ -127,7 +129,8 @@ def test_heunpp2_and_its_cost_are_comfyuis(churn):
 def test_heunpp2_takes_ragged_batches_compiled_and_has_gradients():
     rows = [SIGMAS, SIGMAS[:4], SIGMAS[[0, -1]]]
     plans = [Plan(*fitted(HeunPP2(), row), timesteps=row[:-1]) for row in rows]
-    got = compiled(batch(plans).sampler, 10 * START, rows)
+    np.testing.assert_array_equal(batch(plans).sampler.levels, spacings.pad(rows))
+    got = compiled(HeunPP2(spacings.pad(rows, LONG + 1)), 10 * START, rows)
     for i, row in enumerate(rows):
         x = 10.0 * START[i : i + 1]
         want = elsewhere.heunpp2(k_diffusion.Mixture(), x, row, recorded)
@@ -140,6 +143,16 @@ def test_heunpp2_takes_ragged_batches_compiled_and_has_gradients():
     with jax.disable_jit():
         grads = jax.grad(loss, (0, 1))(jnp.asarray(10 * START), sigmas)
     assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in grads)
+
+
+def test_heunpp2_has_order_1():
+    """Heun's slopes count by their levels, which are small in all steps but the first."""
+    (x, want), steps = fine(), (24, 48, 96)
+    ramps = [np.linspace(80.0 ** (1 / 7), 0.2 ** (1 / 7), n + 1) ** 7 for n in steps]
+    got = compiled(HeunPP2(spacings.pad(ramps, LONG + 1)), np.repeat(x, 3, 0), ramps)
+    errors = np.sqrt(np.mean((got - want) ** 2, (1, 2, 3)))
+    order = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    assert 0.8 <= order <= 1.2, (order, errors)
 
 
 @pytest.mark.parametrize(
