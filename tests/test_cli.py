@@ -282,7 +282,8 @@ def test_what_a_model_advises_is_kept_and_torch_passes_it_over(bundle, caplog, m
     from sdjax.checkpoints.folder import ADVICE, INDEX
     from sdjax.checkpoints.loading import advised
 
-    assert sdjax.load(bundle)[0].guidance_scale == 3.0
+    loaded, _ = sdjax.load(bundle)
+    assert loaded.guidance_scale == 3.0
     index = json.loads((bundle / INDEX).read_text())
     assert index[ADVICE] == {"steps": 1, "guidance_scale": 3.0}
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
@@ -290,6 +291,9 @@ def test_what_a_model_advises_is_kept_and_torch_passes_it_over(bundle, caplog, m
     assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == []
     assert advised({}, "") == {"steps": 20, "guidance_scale": 7.5}
     assert advised(config.read("scenes")["model_index"], "")["guidance_scale"] == 3.0
+    for advice, sentence in (({"steps": 1001}, "1001"), ({"guidance_scale": np.inf}, "inf")):
+        with pytest.raises(InputError, match=f"got {sentence}"):
+            sdjax.text_to_image(dataclasses.replace(loaded, **advice), {}, "a cat")
     for bad in ({"steps": 0}, {"guidance_scale": "much"}, {"guidance_scale": float("inf")}):
         with pytest.raises(InputError, match="'_sdjax' must have steps from 1 to 1000"):
             advised({ADVICE: bad}, "there")

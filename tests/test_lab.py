@@ -265,30 +265,9 @@ def small_scenes(tmp_path_factory):
     return sdjax.save(tmp_path_factory.mktemp("scenes") / "model", model, params, dtype="float16")
 
 
-def test_of_scenes_it_measures_what_pictures_show(small_scenes, tmp_path, monkeypatch):
-    """Without guidance towards a prompt a picture is its seed's: asked for what is there or not."""
-    from sdjax.training.scenes import asked
-    from sdjax.training.scenes.measure import measure
-    from sdjax.training.scenes.world import TIMES
-
-    monkeypatch.setattr(bundled, "HOME", small_scenes)
-    monkeypatch.setattr(lab.Pictures, "reference", lambda self, n: np.zeros((n, 8, 8, 4)))
-    model, params = sdjax.load(dtype="float32")
-    problem = lab.Pictures(model, params, ["a house"], guidance_scale=0.0)
-    images = problem._decoded(problem.solve(Euler(), "karras", 1, 2))
-    seen = [view.time for view in measure(images)]
-    other = next(time for time in TIMES if time != seen[1])
-    assert (asked(seen[0]).time, asked(other).time) == (seen[0], other)
-    (tmp_path / "prompts.txt").write_text(f"{seen[0]}\n{other}\n")
-    run = ["lab", "compare", "--model", "scenes", "--samplers", "euler", "--count", "2"]
-    run += ["--nfe", "1", "--guidance", "0", "--prompts", str(tmp_path / "prompts.txt")]
-    assert command.main([*run, "--out", str(tmp_path / "lab"), "--no-cache"]) == 0
-    (row,) = csv.DictReader((tmp_path / "lab" / "comparison.csv").open())
-    assert row["problem"] == "scenes" and float(row["attributes"]) == 0.5
-
-
-def test_of_scenes_it_asks_for_captions_with_the_models_own_guidance(small_scenes, monkeypatch):
-    from sdjax.training.scenes import asked
+def test_of_scenes_it_asks_for_captions_and_measures_what_pictures_show(small_scenes, monkeypatch):
+    from sdjax.training import scenes
+    from sdjax.training.feeding import HELD_OUT
 
     found = []
 
@@ -301,9 +280,14 @@ def test_of_scenes_it_asks_for_captions_with_the_models_own_guidance(small_scene
     run = ["lab", "compare", "--samplers", "euler", "--count", "5", "--no-cache", "--model"]
     assert command.main([*run, str(small_scenes)]) == 130
     (problem,) = found
-    assert problem._scenes and problem._guidance == 3.0 and len(set(problem._prompts)) == 5
-    assert all(asked(prompt) != asked("") for prompt in problem._prompts)
+    assert problem._guidance == 3.0 and len(set(problem._prompts)) == 5
     assert command.main([*run, "scenes"]) == 130 and found[1]._prompts == problem._prompts
+    drawn = np.stack([scenes.draw(scenes.scene(HELD_OUT, n)) for n in range(5)])
+    # As if the model had drawn what was asked for; then, all but once, something else.
+    monkeypatch.setattr(problem, "_decoded", lambda latents: drawn)
+    assert problem.attributes(np.zeros((5, 8, 8, 4))) == 1.0
+    monkeypatch.setattr(problem, "_decoded", lambda latents: drawn[[0, 0, 0, 0, 0]])
+    assert problem.attributes(np.zeros((5, 8, 8, 4))) == 0.2
 
 
 def test_a_model_is_compared_on_its_own_pictures(tmp_path, capsys):

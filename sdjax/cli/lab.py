@@ -49,7 +49,7 @@ def run(asked: argparse.Namespace) -> None:
             params,
             prompts or _captions(count),
             name=Path(asked.model).name,
-            guidance_scale=model.guidance_scale if guidance is None else guidance,
+            guidance_scale=guidance,
             scenes=own,
         )
 

@@ -33,7 +33,7 @@ class Pictures:
         prompts: Sequence[str],
         *,
         name: str = "model",
-        guidance_scale: float = 7.5,
+        guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
         fine: int = 100,
@@ -42,6 +42,8 @@ class Pictures:
     ):
         if not prompts:
             raise InputError("a model needs prompts to be compared on: give at least one")
+        if guidance_scale is None:
+            guidance_scale = model.guidance_scale  # as in `text_to_image`
         self.name = name
         self.about = (
             f"Pictures of {len(prompts)} prompts, guidance {guidance_scale:g}; right is Heun's "

@@ -30,10 +30,10 @@ def text_to_image(
     *,
     negative_prompts: str | Sequence[str | None] | None = None,
     seeds: int | Sequence[int] | Array = 0,
-    steps: int | Sequence[int] | Array = 20,
+    steps: int | Sequence[int] | Array | None = None,
     sampler: str | Sampler | Any = None,
     spacing: str | None = None,
-    guidance_scale: float | int | Sequence[float | int] | Array = 7.5,
+    guidance_scale: float | int | Sequence[float | int] | Array | None = None,
     guidance: str | methods.Method | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -53,11 +53,12 @@ def text_to_image(
     Args:
         seeds: integers from 0 to 2**64 - 1.
         steps: 1 to 1000, or as many noise levels as the model's spacing has. Unequal counts share
-            one program as long as the longest.
+            one program as long as the longest. None is what the model's makers advise, else 20.
         sampler: a name in `profiles.SAMPLERS`, or any `Sampler`; None is the model's own.
         spacing: a name in `profiles.SPACINGS`; None is the model's own.
         guidance_scale: w in x0_negative + w * (x0_prompt - x0_negative). If it is 1 for all
-            images, a second program runs with one network evaluation instead of two.
+            images, a second program runs with one network evaluation instead of two. None is what
+            the model's makers advise, else 7.5.
         guidance: another way to use these two estimates: a name in `methods.METHODS` (cfg, rescale,
             apg, cfg_zero, tcfg, cfg_plus_plus, interval, perp_neg), or a function (denoise,
             guidance_scale) -> denoise such as `Partial(projection.apg, norm=10.0)`,
@@ -82,8 +83,8 @@ def text_to_image(
         prompts,
         negative_prompts,
         seeds,
-        steps,
-        guidance_scale,
+        model.steps if steps is None else steps,
+        model.guidance_scale if guidance_scale is None else guidance_scale,
         height,
         width,
         latents,
