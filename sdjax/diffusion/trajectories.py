@@ -33,9 +33,10 @@ def trajectory(
 ) -> Trajectory:
     """What `sampling.sample` does, as arrays: `trajectory(...).x[-1]` is its result.
 
-    No callbacks and no evaluations more than `sample` makes: the estimate is taken where the
-    sampler asks for it first in its step, and is 0 where one asks only under a condition. An image
-    that is finished repeats its last entries. Not jitted: callers jit, with `every` static.
+    No callbacks, and no evaluations more than `sample` makes: the estimate is taken where the
+    sampler asks for it first in its step. One that asks only inside a loop or a condition of its
+    own (PNDM, DPMAdaptive) costs an evaluation a step more. An image that is finished repeats its
+    last entries. Not jitted: callers jit, with `every` static.
     """
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise InputError(f"every must be a whole number of at least 1, got {every!r:.60}")
@@ -139,8 +140,8 @@ class _Watched:
                 seen.append(x0)
             return x0
 
-        x, inner = self.sampler.step(watched, x, at, state.state, noise)
-        return x, _Seen(inner, seen[0] if seen else state.x0)
+        after, inner = self.sampler.step(watched, x, at, state.state, noise)
+        return after, _Seen(inner, seen[0] if seen else denoise(x, at.sigma))
 
 
 def _trace() -> Any:

@@ -1,11 +1,11 @@
 """PNDM and PLMS: Adams-Bashforth in the noise estimate, with either of two starts."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from sdjax.diffusion.samplers.exponential import History, Number, blank, push
 from sdjax.diffusion.sampling import pick
@@ -68,50 +68,55 @@ class PNDM:
             landing = pick(jnp.asarray(self.landings, x.dtype), at.index)
         start = at.index < 3 if self.runge_kutta else (at.index == 0) & (at.left > 1)
         start = start & (at.sigma_next > 0)
-        value = self._value(denoise, x, at.sigma)
+        value, more = self._stages(denoise, x, at, landing, jnp.any(start))
         slope = self._slope(adams_bashforth(value, state, at.index), x, at.sigma)
         new = unscaled(x + (landing - at.sigma) * slope, landing, at.sigma_next).astype(x.dtype)
-
-        def again(new: Latents) -> Latents:
-            more = self._stages(denoise, x, at, landing, value)
-            left = at.sigma
-            if self.runge_kutta:
-                mean = (value + 2 * more[0] + 2 * more[1] + more[2]) / 6
-            else:
-                mean = (value + more[0]) / 2
-                if self.departure is not None:
-                    left = jnp.asarray(self.departure, x.dtype)
-            there = unscaled(x, at.sigma, left)
-            there = there + (at.sigma_next - left) * self._slope(mean, there, left)
-            return jnp.where(start, there, new).astype(x.dtype)
-
-        new = jax.lax.cond(jnp.any(start), again, lambda new: new, new)
+        left = at.sigma
+        if self.runge_kutta:
+            mean = (value + 2 * more[0] + 2 * more[1] + more[2]) / 6
+        else:
+            mean = (value + more[0]) / 2
+            if self.departure is not None:
+                left = jnp.asarray(self.departure, x.dtype)
+        there = unscaled(x, at.sigma, left)
+        there = there + (at.sigma_next - left) * self._slope(mean, there, left)
+        new = jnp.where(start, there, new).astype(x.dtype)
         return new, push(state, value, at.sigma)
 
     def _stages(
-        self, denoise: Denoiser, x: Latents, at: Step, landing: Sigma, value: Latents
-    ) -> Float[Array, "stages b h w c"]:
-        """What follows the first evaluation in a step of the start: a scan, for short programs."""
+        self, denoise: Denoiser, x: Latents, at: Step, landing: Sigma, start: Bool[Array, ""]
+    ) -> tuple[Latents, Float[Array, "stages b h w c"]]:
+        """The value at x and, in a step of the start, those of its further stages.
+
+        One scan, so that the program holds the network once however many stages there are.
+        """
         safe = jnp.where(at.sigma_next > 0, at.sigma_next, at.sigma)
-        stages = [(landing, safe)]  # where the latest value leads, and the level it is taken for
+        stages = [(at.sigma, at.sigma)]  # where the latest value leads, the level it is taken for
         if self.runge_kutta:
             aim = middle = (at.sigma + safe) / 2
             if self.halves is not None:
                 aim, middle = (pick(jnp.asarray(half, x.dtype), at.index) for half in self.halves)
-            stages = [(aim, middle), (middle, middle), (safe, safe)]
+            stages += [(aim, middle), (middle, middle), (safe, safe)]
+        else:
+            stages += [(landing, safe)]
         each = (x.shape[0], 1, 1, 1)
         table = [
             jnp.stack([jnp.broadcast_to(stage[k], each).astype(x.dtype) for stage in stages])
             for k in (0, 1)
         ]
+        wanted = jnp.stack([jnp.array(True), *[start] * (len(stages) - 1)])
 
-        def evaluate(value: Latents, stage: list[Sigma]) -> tuple[Latents, Latents]:
-            to, level = stage
+        def evaluate(value: Latents, to: Sigma, level: Sigma) -> Latents:
             there = x + (to - at.sigma) * self._slope(value, x, at.sigma)
-            value = self._value(denoise, unscaled(there, to, level), level).astype(x.dtype)
+            return self._value(denoise, unscaled(there, to, level), level).astype(x.dtype)
+
+        def stage(value: Latents, entry: Any) -> tuple[Latents, Latents]:
+            wanted, to, level = entry
+            value = jax.lax.cond(wanted, evaluate, lambda value, *_: value, value, to, level)
             return value, value
 
-        return jax.lax.scan(evaluate, value.astype(x.dtype), table)[1]
+        values = jax.lax.scan(stage, jnp.zeros_like(x), (wanted, *table))[1]
+        return values[0], values[1:]
 
     def _value(self, denoise: Denoiser, x: Latents, sigma: Sigma) -> Latents:
         """What is summed: noise, or v."""
