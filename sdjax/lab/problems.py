@@ -15,7 +15,7 @@ from sdjax.diffusion.analytic import Gaussian, GaussianMixture
 from sdjax.diffusion.noise import keys
 from sdjax.diffusion.plan import fitted
 from sdjax.diffusion.samplers import Heun
-from sdjax.diffusion.sampling import sample
+from sdjax.diffusion.sampling import Carry, begin, scan
 from sdjax.diffusion.schedules import Schedule
 from sdjax.diffusion.trajectories import may_draw
 from sdjax.lab import drawing
@@ -23,6 +23,8 @@ from sdjax.types import Denoiser, Sampler
 
 ORDER_STEPS = (40, 80, 160)
 """Steps between which an order is measured."""
+_ROOM = 256
+"""Steps that a program has room for; more take the next power of two."""
 _ROUNDING = 1e-11
 """Errors below say nothing of an order."""
 
@@ -106,7 +108,7 @@ class Analytic:
             sampler = jax.tree.map(_leaf64, sampler)
             noise = keys(range(count)) if may_draw(sampler) else None
             start = jnp.asarray(_noise(count)) * levels[0]
-            return np.asarray(_solved(sampler, self.denoise, start, jnp.asarray(levels), noise))
+            return np.asarray(_solved(sampler, self.denoise, start, levels, noise))
 
     def reference(self, count: int) -> Samples:
         """See `Problem.reference`."""
@@ -144,7 +146,7 @@ class Analytic:
                 levels = self.sigmas(spacing, steps)
                 run, levels = fitted(sampler, levels[: len(levels) - (levels[-1] == 0)])
                 start = jnp.asarray(_noise(64)) * levels[0]
-                found = _solved(run, self.denoise, start, jnp.asarray(levels), None)
+                found = _solved(run, self.denoise, start, levels, None)
                 away = np.linalg.norm(found - self._followed(start, levels[0], levels[-1]), axis=-1)
                 errors.append(float(np.median(away)))
         if not all(map(math.isfinite, errors)):
@@ -157,7 +159,7 @@ class Analytic:
         if self._flow is not None:
             return np.asarray(self._flow(x, jnp.float64(sigma), jnp.float64(sigma_next)))
         levels = np.exp(np.linspace(np.log(sigma), np.log(sigma_next), 4001))
-        return np.asarray(_solved(Heun(), self.denoise, x, jnp.asarray(levels), None))
+        return np.asarray(_solved(Heun(), self.denoise, x, levels, None))
 
 
 def gaussian() -> Analytic:
@@ -194,9 +196,20 @@ PROBLEMS: Mapping[str, Callable[[], Analytic]] = {"gaussian": gaussian, "mixture
 """Those that need no model, by name."""
 
 
+def _solved(sampler: Sampler, denoise: Denoiser, x: Any, sigmas: np.ndarray, noise: Any) -> Any:
+    """`sample`, by one program for all step counts and spacings."""
+    steps = len(sigmas) - 1
+    room = max(_ROOM, 1 << (steps - 1).bit_length()) - steps
+    padded = np.pad(sigmas, (0, room), mode="edge")  # as of an image that is finished
+    return _run(sampler, denoise, x, jnp.asarray(padded), noise, jnp.int32(steps))
+
+
 @jax.jit
-def _solved(sampler: Sampler, denoise: Denoiser, x: Any, sigmas: Any, noise: Any) -> Any:
-    return sample(sampler, denoise, x, sigmas, noise)
+def _run(sampler: Sampler, denoise: Denoiser, x: Any, sigmas: Any, noise: Any, steps: Any) -> Any:
+    def step(i: Any, carry: Carry) -> Carry:
+        return scan(sampler, denoise, carry, sigmas, noise, i, 1)
+
+    return jax.lax.fori_loop(0, steps, step, begin(sampler, x)).x
 
 
 def _noise(count: int) -> Samples:
