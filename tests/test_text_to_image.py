@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.tree_util import Partial
-from peers import FEW_LAYERS, nchw, nhwc, relative_error, save_tiny_pipeline
+from peers import LITTLE, few_layers, nchw, nhwc, relative_error, save_tiny_pipeline
 
 import sdjax
 from sdjax.diffusion import methods, profiles, trajectories
@@ -27,7 +27,7 @@ def tiny(tmp_path_factory):
     def make(family):
         if family not in made:
             folder = tmp_path_factory.mktemp(family)
-            made[family] = folder, save_tiny_pipeline(folder, family)
+            made[family] = folder, save_tiny_pipeline(folder, family, **few_layers(family))
         return made[family]
 
     return make
@@ -209,7 +209,7 @@ def sd1(small):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
-    return folder, save_tiny_pipeline(folder, "sd1", **FEW_LAYERS)
+    return folder, save_tiny_pipeline(folder, "sd1", unet=LITTLE, vae={"layers_per_block": 1})
 
 
 def pictures(sd1, prompts, **settings):
@@ -392,6 +392,17 @@ def test_a_name_is_the_papers_method_on_what_the_network_predicts(sd1, small):
         output="latents",
     )
     assert relative_error(ours, np.concatenate(theirs)) <= 1e-4
+
+
+def test_a_plan_as_sampler_is_run_as_it_is(sd1):
+    """The model's own plan gives the model's own picture, whatever `steps` says."""
+    plan = profiles.diffusers(sd1[0].scheduler.dict(), 3)
+    own = pictures(sd1, "a", steps=3)
+    np.testing.assert_array_equal(pictures(sd1, "a", steps=9, sampler=plan), own)
+    with pytest.raises(sdjax.InputError, match="leave spacing out"):
+        choose(sd1[0], 3, plan, "karras")
+    with pytest.raises(sdjax.InputError, match="of one image"):
+        choose(sd1[0], 3, batch([plan, plan]))
 
 
 def test_dpm_fast_by_name_takes_about_as_many_evaluations_as_steps(sd1):

@@ -55,14 +55,24 @@ _SOLVERS = ("algorithm_type", "solver_type", "solver_order", "disable_corrector"
 
 
 def choose(
-    model: Model, steps: int, sampler: str | Sampler | None = None, spacing: str | None = None
+    model: Model,
+    steps: int,
+    sampler: str | Sampler | Plan | None = None,
+    spacing: str | None = None,
 ) -> Plan:
     """The plan for one image.
 
     Nothing given: what the model's scheduler_config.json says. A sampler alone: the noise levels
     that diffusers gives that sampler from the same config, and Euler's for a sampler that it does
-    not know. A spacing: sigmas by its name, down to 0.
+    not know. A spacing: sigmas by its name, down to 0. A plan: itself.
     """
+    if isinstance(sampler, Plan):
+        if spacing is not None or np.ndim(sampler.sigmas) != 1:
+            raise InputError(
+                "a plan as sampler is of one image, with noise levels of its own: give it as its "
+                "profile made it, and leave spacing out"
+            )
+        return sampler
     if sampler is None and spacing is None:
         return profiles.diffusers(model.scheduler.dict(), steps)
     if sampler is not None and not isinstance(sampler, str):

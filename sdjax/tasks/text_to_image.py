@@ -12,7 +12,7 @@ import numpy as np
 from sdjax import parallel
 from sdjax.diffusion import methods, sampling
 from sdjax.diffusion.noise import Tape, keys, start
-from sdjax.diffusion.plan import batch, bounded
+from sdjax.diffusion.plan import Plan, batch, bounded
 from sdjax.errors import InputError
 from sdjax.model import Model, Params, compute_dtype, decode, denoiser, encode_text, project
 from sdjax.tasks import settings
@@ -31,7 +31,7 @@ def text_to_image(
     negative_prompts: str | Sequence[str | None] | None = None,
     seeds: int | Sequence[int] | Array = 0,
     steps: int | Sequence[int] | Array | None = None,
-    sampler: str | Sampler | Any = None,
+    sampler: str | Sampler | Plan | Any = None,
     spacing: str | None = None,
     guidance_scale: float | int | Sequence[float | int] | Array | None = None,
     guidance: str | methods.Method | None = None,
@@ -54,7 +54,9 @@ def text_to_image(
         seeds: integers from 0 to 2**64 - 1.
         steps: 1 to 1000, or as many noise levels as the model's spacing has. Unequal counts share
             one program as long as the longest. None is what the model's makers advise, else 20.
-        sampler: a name in `profiles.SAMPLERS`, or any `Sampler`; None is the model's own.
+        sampler: a name in `profiles.SAMPLERS`, or any `Sampler`; None is the model's own. Or a
+            `Plan` of another program's (`profiles.a1111(model.schedule, "DPM++ 2M")`), whose own
+            steps stand for `steps`.
         spacing: a name in `profiles.SPACINGS`; None is the model's own.
         guidance_scale: w in x0_negative + w * (x0_prompt - x0_negative). If it is 1 for all
             images, a second program runs with one network evaluation instead of two. None is what
