@@ -302,14 +302,14 @@ def test_a_model_is_compared_on_its_own_pictures(tmp_path, capsys):
     assert float(rows[0]["error"]) > float(rows[1]["error"]) > 0
     assert rows[0]["order"] == rows[0]["attributes"] == ""
     model, params = sdjax.load(tmp_path / "model")
-    problem = lab.Pictures(model, params, ["a house", "a boat"], guidance_scale=2.0, batch=2)
-    latents = problem.solve(Euler(), "karras", 2, 3)
-    settings = {"seeds": [0, 1], "steps": 2, "sampler": Euler(), "spacing": "karras"}
+    problem = lab.Pictures(model, params, ["a house", "a boat"], guidance_scale=2.0)
+    latents = problem.solve(Euler(), "karras", 2, 8)
+    settings = {"seeds": range(8), "steps": 2, "sampler": Euler(), "spacing": "karras"}
     # What is shown is what text_to_image makes.
     images = sdjax.text_to_image(
-        model, params, ["a house", "a boat"], guidance_scale=2.0, **settings
+        model, params, ["a house", "a boat"] * 4, guidance_scale=2.0, **settings
     )
-    shown = problem._decoded(latents[:2])
+    shown = problem._decoded(latents)
     assert np.abs(shown.astype(int) - images.astype(int)).max() <= 1
     with pytest.raises(InputError, match="needs prompts"):
         lab.Pictures(model, params, [])

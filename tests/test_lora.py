@@ -77,7 +77,7 @@ def test_gradients_of_updates_are_those_of_peft():
     from peft import LoraConfig
 
     stage, updates, _, batch, keys, ours = training()
-    unet = peers.tiny_unet("sd1", trainers.LITTLE)[0]
+    unet = peers.tiny_unet("sd1", peers.LITTLE)[0]
     unet.add_adapter(LoraConfig(r=3, lora_alpha=6, target_modules=list(TARGETS)))
     own = {n: p for n, p in unet.named_parameters() if "lora_" in n}
     pairs = {name: node for _, name, node in flat_layers(stage.model, updates)}
@@ -152,7 +152,7 @@ def test_a_file_of_kohya_means_what_it_means_to_diffusers(tmp_path, family):
     # diffusers 0.42.1 drops kohya's updates of attention in transformers 5's text encoders.
     targets = ("to_q", "to_out.0", "proj_in", "ff.net.0.proj", "fc1")
     if family == "sdxl":  # levels, which CompVis numbers in one list
-        changes = peers.FEW_LAYERS["unet"] | {"attention_head_dim": [2, 4]}
+        changes = peers.few_layers()["unet"] | {"attention_head_dim": [2, 4]}
         changes["transformer_layers_per_block"] = 1
         pipe.unet, config = peers.tiny_unet("sdxl", changes)
         model = dataclasses.replace(model, unet=UNet.from_config(config))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from peers import FEW_LAYERS, save_tiny_pipeline
+from peers import LITTLE, save_tiny_pipeline
 
 from sdjax import parallel
 
@@ -41,7 +41,7 @@ np.savez(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sd1")
-    save_tiny_pipeline(folder, "sd1", **FEW_LAYERS)
+    save_tiny_pipeline(folder, "sd1", unet=LITTLE, vae={"layers_per_block": 1})
     return folder
 
 

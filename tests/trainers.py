@@ -24,16 +24,6 @@ from sdjax.training.encoding import latent_noise
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
-# One residual block each way around an attention that reads the text: compiled in a second or two.
-LITTLE = {
-    "block_out_channels": [16],
-    "down_block_types": ["CrossAttnDownBlock2D"],
-    "up_block_types": ["UpBlock2D"],
-    "mid_block_type": None,
-    "layers_per_block": 1,
-    "attention_head_dim": 2,
-    "transformer_layers_per_block": 1,
-}
 LITTLE_VAE = {
     "block_out_channels": [8, 8],
     "down_block_types": ["DownEncoderBlock2D"] * 2,
@@ -49,7 +39,7 @@ PROMPTS = ["a red house", "a tree by the sea, at night", "", "two boats"]
 def networks(family="sd1"):
     """Torch's networks of a family by name, and ours as a model with params."""
     torch_networks = {
-        "unet": peers.tiny_unet(family, LITTLE)[0],
+        "unet": peers.tiny_unet(family, peers.LITTLE)[0],
         "vae": peers.tiny_vae(family, LITTLE_VAE)[0],
         "text_encoder": peers.tiny_clip(ENCODERS[family], SHALLOW)[0],
     }
@@ -81,7 +71,7 @@ def networks(family="sd1"):
 def pipeline(family="sd1"):
     """A pipeline of diffusers around copies of these networks; our model, and its params."""
     _, model, params = networks(family)
-    pipe = peers.tiny_pipeline(family, LITTLE, LITTLE_VAE)
+    pipe = peers.tiny_pipeline(family, peers.LITTLE, LITTLE_VAE)
     pipe.text_encoder = peers.tiny_clip("clip-l", SHALLOW)[0]
     if family == "sdxl":
         pipe.text_encoder_2 = peers.tiny_clip("openclip-bigg", TWO_LAYERS, seed=3)[0]
