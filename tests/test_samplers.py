@@ -23,7 +23,7 @@ from sdjax.diffusion.samplers import (
     EulerAncestral,
     Restart,
 )
-from sdjax.diffusion.samplers.euler import ancestral
+from sdjax.diffusion.stochastic import ancestral
 from sdjax.errors import InputError
 from sdjax.types import leaves32
 

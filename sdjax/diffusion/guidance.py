@@ -15,9 +15,8 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from sdjax.diffusion.samplers.ddim import thresholded
-from sdjax.diffusion.samplers.euler import ancestral
 from sdjax.diffusion.sampling import pick
+from sdjax.diffusion.stochastic import ancestral
 from sdjax.errors import InputError
 from sdjax.types import Array, Denoiser, Latents, Sigma, pytree
 
@@ -184,6 +183,18 @@ def with_negative(denoise: Denoiser, x: Latents, sigma: Sigma) -> tuple[Latents,
             "at a guidance_scale other than 1"
         )
     return x0, seen[0]
+
+
+def thresholded(
+    x0: Latents, ratio: ArrayLike, limit: ArrayLike, maximum: ArrayLike = float("inf")
+) -> Latents:
+    """Each image clipped at a quantile of its own, and that scaled to `limit`: Saharia et al.
+    (2205.11487), section 2.3.
+    """
+    rows = jnp.abs(x0).reshape(x0.shape[0], -1)
+    bound = jnp.clip(jnp.quantile(rows, jnp.asarray(ratio), axis=1), limit, maximum)
+    bound = bound[:, None, None, None]
+    return jnp.clip(x0, -bound, bound) / bound * limit
 
 
 def scale_at(guidance_scale: Scale, x: Latents, sigma: Sigma) -> Float[Array, "..."]:

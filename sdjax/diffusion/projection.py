@@ -15,8 +15,8 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from sdjax.diffusion.guidance import Scale, partial, scale_at, sides
-from sdjax.diffusion.samplers.euler import root
 from sdjax.diffusion.schedules import PREDICTIONS
+from sdjax.diffusion.stochastic import root
 from sdjax.errors import InputError
 from sdjax.types import Denoiser, Latents, Sigma, State, Step, StepNoise, pytree, static
 

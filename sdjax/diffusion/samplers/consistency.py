@@ -5,8 +5,8 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from sdjax.diffusion.samplers.euler import root
 from sdjax.diffusion.sampling import pick
+from sdjax.diffusion.stochastic import root
 from sdjax.types import Denoiser, Latents, State, Step, StepNoise, pytree
 
 

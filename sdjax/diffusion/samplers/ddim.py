@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from sdjax.diffusion.samplers.euler import ancestral
+from sdjax.diffusion.guidance import thresholded
 from sdjax.diffusion.sampling import pick
+from sdjax.diffusion.stochastic import ancestral
 from sdjax.errors import InputError
 from sdjax.types import Denoiser, Latents, State, Step, StepNoise, pytree, static
 
@@ -113,15 +114,3 @@ class DDIMInverse:
             x0 = jnp.clip(x0, -jnp.asarray(self.clip), self.clip)
         x = x0 + landing * slope
         return x * jnp.sqrt((1 + at.sigma_next**2) / (1 + landing**2)), state
-
-
-def thresholded(
-    x0: Latents, ratio: ArrayLike, limit: ArrayLike, maximum: ArrayLike = float("inf")
-) -> Latents:
-    """Each image clipped at a quantile of its own, and that scaled to `limit`: Saharia et al.
-    (2205.11487), section 2.3, as `guidance.threshold` has it.
-    """
-    rows = jnp.abs(x0).reshape(x0.shape[0], -1)
-    bound = jnp.clip(jnp.quantile(rows, jnp.asarray(ratio), axis=1), limit, maximum)
-    bound = bound[:, None, None, None]
-    return jnp.clip(x0, -bound, bound) / bound * limit

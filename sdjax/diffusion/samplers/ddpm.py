@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from sdjax.diffusion.samplers.euler import root
+from sdjax.diffusion.stochastic import root
 from sdjax.errors import InputError
 from sdjax.types import Denoiser, Latents, State, Step, StepNoise, pytree, static
 

@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sdjax.diffusion.samplers.dpm_fast import between, curved, slope, straight
-from sdjax.diffusion.samplers.euler import ancestral, renoise, root
+from sdjax.diffusion.stochastic import ancestral, renoise, root
 from sdjax.errors import InputError
 from sdjax.types import Denoiser, Latents, State, Step, StepNoise, pytree, static
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from sdjax.diffusion.samplers.euler import ancestral, renoise, root
+from sdjax.diffusion.stochastic import ancestral, renoise, root
 from sdjax.errors import InputError
 from sdjax.types import Denoiser, Latents, Sigma, State, Step, StepNoise, pytree
 

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from sdjax.diffusion.samplers.deis import final_order
-from sdjax.diffusion.samplers.euler import root
 from sdjax.diffusion.samplers.exponential import (
     History,
     Number,
@@ -15,6 +14,7 @@ from sdjax.diffusion.samplers.exponential import (
     phi,
     push,
 )
+from sdjax.diffusion.stochastic import root
 from sdjax.errors import InputError
 from sdjax.types import Denoiser, Latents, Sigma, State, Step, StepNoise, pytree, static
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from sdjax.diffusion.samplers.dpmpp import Memory
-from sdjax.diffusion.samplers.euler import ancestral, renoise, root
+from sdjax.diffusion.stochastic import ancestral, renoise, root
 from sdjax.errors import InputError
 from sdjax.types import Denoiser, Latents, Sigma, State, Step, StepNoise, pytree, static
 

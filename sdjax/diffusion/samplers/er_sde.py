@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from sdjax.diffusion.samplers.euler import renoise, root
+from sdjax.diffusion.stochastic import renoise, root
 from sdjax.errors import InputError
 from sdjax.types import Denoiser, Latents, Sigma, State, Step, StepNoise, pytree, static
 

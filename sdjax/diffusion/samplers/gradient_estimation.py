@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from sdjax.diffusion.guidance import with_negative
 from sdjax.types import Denoiser, Latents, State, Step, StepNoise, pytree, static
 
 
@@ -35,8 +36,6 @@ class GradientEstimation:
         self, denoise: Denoiser, x: Latents, at: Step, state: State, noise: StepNoise
     ) -> tuple[Latents, State]:
         if self.plus_plus:
-            from sdjax.diffusion.guidance import with_negative  # which imports samplers
-
             x0, negative = with_negative(denoise, x, at.sigma)
         else:
             x0 = negative = denoise(x, at.sigma)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from sdjax.diffusion.samplers.euler import churn
+from sdjax.diffusion.stochastic import churn
 from sdjax.types import Denoiser, Latents, State, Step, StepNoise, pytree
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from sdjax.diffusion.samplers.euler import churn
 from sdjax.diffusion.sampling import pick
+from sdjax.diffusion.stochastic import churn
 from sdjax.errors import InputError
 from sdjax.types import Denoiser, Latents, State, Step, StepNoise, pytree
 

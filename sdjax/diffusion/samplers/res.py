@@ -5,8 +5,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from sdjax.diffusion.samplers.euler import ancestral, renoise
+from sdjax.diffusion.guidance import with_negative
 from sdjax.diffusion.samplers.exponential import log_ratio, phi
+from sdjax.diffusion.stochastic import ancestral, renoise
 from sdjax.types import Denoiser, Latents, Sigma, State, Step, StepNoise, pytree, static
 
 
@@ -51,8 +52,6 @@ class RESMultistep:
         self, denoise: Denoiser, x: Latents, at: Step, state: State, noise: StepNoise
     ) -> tuple[Latents, State]:
         if self.plus_plus:
-            from sdjax.diffusion.guidance import with_negative  # which imports samplers
-
             guided, x0 = with_negative(denoise, x, at.sigma)
         else:
             x0 = guided = denoise(x, at.sigma)

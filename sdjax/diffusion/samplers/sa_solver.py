@@ -5,7 +5,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from sdjax.diffusion.samplers.euler import root
 from sdjax.diffusion.samplers.exponential import (
     History,
     Number,
@@ -19,6 +18,7 @@ from sdjax.diffusion.samplers.exponential import (
     push,
     shares,
 )
+from sdjax.diffusion.stochastic import root
 from sdjax.errors import InputError
 from sdjax.types import Denoiser, Index, Latents, Sigma, State, Step, StepNoise, pytree, static
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from sdjax.diffusion.samplers.euler import renoise, root
 from sdjax.diffusion.samplers.exponential import log_ratio, phi
+from sdjax.diffusion.stochastic import renoise, root
 from sdjax.errors import InputError
 from sdjax.types import Denoiser, Latents, State, Step, StepNoise, pytree, static
 
