@@ -15,8 +15,9 @@ from jaxtyping import install_import_hook  # noqa: E402
 # Must stand before the first import of sdjax. The hook lives only under pytest: users pay nothing.
 install_import_hook("sdjax", "beartype.beartype")
 
+NOTEBOOKS = "test_notebooks.py"
 LONG = (
-    "test_notebooks.py",
+    NOTEBOOKS,
     "test_text_to_image.py",
     "test_training_loop.py",
     "test_training_job.py",
@@ -26,7 +27,7 @@ LONG = (
 def pytest_itemcollected(item: pytest.Item) -> None:
     """A file stays on one worker: its tests share compiled programs. Notebooks share nothing."""
     file = item.path.name
-    item.add_marker(pytest.mark.xdist_group(item.name if file == LONG[0] else file))
+    item.add_marker(pytest.mark.xdist_group(item.name if file == NOTEBOOKS else file))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,6 +15,7 @@ from sampler_runs import (
     START,
     Counted,
     N,
+    assert_follows,
     compiled,
     label,
     plain,
@@ -54,13 +55,7 @@ CASES = [
 
 @pytest.mark.parametrize(("kind", "reference", "options"), CASES, ids=label)
 def test_trajectories_and_their_cost_are_comfyuis(kind, reference, options):
-    """Six steps to 0, three to a level above it, two, and one; in float32 against float64."""
-    for sigmas in (SIGMAS, SIGMAS[:4], SIGMAS[[0, 2, -1]], SIGMAS[[0, -1]]):
-        theirs, ours = k_diffusion.Mixture(), Counted()
-        want = reference(theirs, 10.0 * START, sigmas, recorded, **options)
-        got = plain(kind(**options), 10 * START, sigmas, denoise=ours)[-1].x
-        assert relative_error(got, want) <= (2e-5 if len(sigmas) > 3 else 1e-3)
-        assert ours.calls == theirs.calls
+    assert_follows(kind, reference, options)
 
 
 def both_sides(x, sigma):

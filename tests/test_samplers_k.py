@@ -8,7 +8,17 @@ import k_diffusion
 import numpy as np
 import pytest
 from peers import QUICK, relative_error
-from sampler_runs import MIXTURE, SIGMAS, START, Counted, compiled, label, plain, recorded
+from sampler_runs import (
+    MIXTURE,
+    SIGMAS,
+    START,
+    Counted,
+    assert_follows,
+    compiled,
+    label,
+    plain,
+    recorded,
+)
 
 from sdjax.diffusion import noise, sampling
 from sdjax.diffusion.samplers import (
@@ -49,13 +59,7 @@ CASES = [
 
 @pytest.mark.parametrize(("kind", "reference", "options"), CASES, ids=label)
 def test_trajectories_and_their_cost_are_k_diffusions(kind, reference, options):
-    """Six steps to 0, three to a level above it, two, and one; in float32 against float64."""
-    for sigmas in (SIGMAS, SIGMAS[:4], SIGMAS[[0, 2, -1]], SIGMAS[[0, -1]]):
-        theirs, ours = k_diffusion.Mixture(), Counted()
-        want = reference(theirs, 10.0 * START, sigmas, recorded, **options)
-        got = plain(kind(**options), 10 * START, sigmas, denoise=ours)[-1].x
-        assert relative_error(got, want) <= (2e-5 if len(sigmas) > 3 else 1e-3)
-        assert ours.calls == theirs.calls
+    assert_follows(kind, reference, options)
 
 
 @pytest.mark.parametrize("options", [{}, {"eta": 0.6, "s_noise": 1.02}, {"eta": 1.0}, {"eta": 1.3}])
