@@ -132,6 +132,44 @@ def test_adamw_with_clipping_is_torchs(clip):
         np.testing.assert_allclose(params[name]["w"], weight.detach().numpy(), rtol=1e-5, atol=1e-7)
 
 
+def test_muon_is_torchs_and_leaves_what_is_no_hidden_kernel_to_adamw():
+    """torch orthogonalises in bfloat16, hence the tolerance of the kernels."""
+    import torch
+
+    draw = np.random.default_rng(2)
+    shapes = {
+        "unet": {"conv_in": (3, 3, 4, 8), "resnet": (3, 3, 8, 6), "to_q": (6, 9), "bias": (9,)},
+        "text_encoder": {"token_embedding": (7, 6)},
+        "discriminator": {"conv": (2, 2, 3, 5)},
+    }
+    kernels = ("resnet", "to_q", "conv")
+    params = {
+        name: {leaf: draw.standard_normal(shape, np.float32) for leaf, shape in net.items()}
+        for name, net in shapes.items()
+    }
+    params = jax.tree.map(jnp.asarray, params)
+    grads = jax.tree.map(lambda w: jnp.asarray(draw.standard_normal(w.shape, np.float32)), params)
+    given = settings(name="muon", clip=0.0, weight_decay=0.1, discriminator_learning_rate=3e-3)
+    ours = optimizer.build(given, 100)
+    updates, _ = jax.jit(ours.update)(grads, ours.init(params), params)
+    for network, leaves in updates.items():
+        lr = 3e-3 if network == "discriminator" else 1e-2
+        for leaf, moved in leaves.items():
+            rows = -1, moved.shape[-1]
+            start = np.reshape(params[network][leaf], rows)
+            weight = torch.tensor(start, requires_grad=True)
+            weight.grad = torch.tensor(np.reshape(grads[network][leaf], rows))
+            if leaf in kernels:
+                torch.optim.Muon(
+                    [weight], lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+                ).step()
+            else:
+                torch.optim.AdamW([weight], lr=lr, weight_decay=0.1).step()
+            want = weight.detach().numpy() - start
+            error = np.linalg.norm(np.reshape(moved, rows) - want) / np.linalg.norm(want)
+            assert error < (0.02 if leaf in kernels else 1e-4), (leaf, error)
+
+
 def test_a_mesh_that_does_not_divide_the_devices_is_refused():
     from sdjax import parallel
 

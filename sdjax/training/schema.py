@@ -88,8 +88,11 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """[optimizer]: AdamW (1711.05101) after warm-up, and clipping by the global norm."""
+    """[optimizer]: AdamW (1711.05101) or Muon after warm-up, and clipping by the global norm."""
 
+    name: str = choice("adamw", ("adamw", "muon"))
+    """Muon (2502.16982) makes the steps of hidden layers' kernels orthogonal, and as large as
+    AdamW's, so that rates carry over; vectors, embeddings and outermost convolutions keep AdamW."""
     learning_rate: float = number(1e-4, over=True)
     """At its peak."""
     warmup: int = whole(0)
