@@ -35,6 +35,16 @@ def batch(count: int) -> dict[str, np.ndarray]:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
+def test_a_vocabulary_is_learnt_alike_every_time_and_knows_its_words():
+    """A run that goes on, and every process of a pod, learns it again."""
+    words = vocabulary()
+    first, *others = (learn(words, 32) for _ in range(4))
+    assert {other.definition for other in others} == {first.definition}
+    known = [word for word in words if word.isalpha()]
+    ids = first(known).ids
+    assert known and (ids[:, 2:] == ids[:, -1:]).all()  # start, the word, and ends from there on
+
+
 def told(numbers: np.ndarray) -> Asked:
     """The inverse of `wishes`, but for the order of groups."""
     views = {

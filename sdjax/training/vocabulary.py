@@ -26,6 +26,8 @@ def learn(words: Iterable[str], length: int) -> Tokenizer:
         min_frequency=1,
         show_progress=False,
         initial_alphabet=alphabet,
+        # Numbered here, lest they be in the order of a hash, which would break ties by chance.
+        special_tokens=[c + "</w>" for c in alphabet],
         end_of_word_suffix="</w>",
     )
     model.train_from_iterator(sorted(set(words)), trainer)
