@@ -139,7 +139,7 @@ def test_muon_is_torchs_and_leaves_what_is_no_hidden_kernel_to_adamw():
     draw = np.random.default_rng(2)
     shapes = {
         "unet": {"conv_in": (3, 3, 4, 8), "resnet": (3, 3, 8, 6), "to_q": (6, 9), "bias": (9,)},
-        "text_encoder": {"token_embedding": (7, 6)},
+        "text_encoder": {"embedding": (7, 6)},
         "discriminator": {"conv": (2, 2, 3, 5)},
     }
     kernels = ("resnet", "to_q", "conv")

@@ -8,8 +8,8 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from sdjax.training.settings import Optimizer
 
-OUTERMOST = ("conv_in", "conv_out", "token_embedding", "position_embedding")
-"""Layers between a network and what it is not: their steps are AdamW's."""
+OUTERMOST = ("conv_in", "conv_out", "embedding")
+"""Convolutions between a network and what it is not, and tables: their steps are AdamW's."""
 
 RMS = 0.2
 """Of an orthogonal step, in learning rates: about that of AdamW's (2502.16982, section 2.2)."""
