@@ -6,10 +6,6 @@ import sys
 import tomllib
 from pathlib import Path
 
-import pytest
-
-from sdjax import bundled
-
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
@@ -59,18 +55,6 @@ def test_the_wheel_ships_configs_and_vocabulary(tmp_path):
     }
     assert configs and configs | assets <= held
     assert not any(name.startswith(("tests/", "notebooks/")) for name in held)
-
-
-@pytest.mark.skipif(not bundled.HOME.is_dir(), reason="its training is under way")
-def test_the_bundled_model_is_whole_small_and_float16():
-    from sdjax.checkpoints import inspect
-
-    report = inspect(bundled.NAME)
-    assert report.path == bundled.folder() and report.dtypes == ("float16",)
-    assert {part.name for part in report.parts} == {"unet", "vae", "text_encoder"}
-    files = [file for file in bundled.HOME.rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) <= 25e6
-    assert not any(file.is_symlink() for file in files)
 
 
 def test_every_shipped_config_is_valid_toml():
