@@ -196,6 +196,15 @@ def test_plots_leave_out_what_has_no_logarithm():
     assert plots.plot([plots.Line("a", "red", [(1, 0.0)])], "x", "y", [1]) == ""
 
 
+def test_a_plot_of_shares_has_room_for_none_and_for_all():
+    lines = [plots.Line("a", "red", [(1, 0.0), (2, 0.7), (3, 1.0)])]
+    drawn = plots.plot(lines, "x", "y", [1, 3], share=True)
+    assert drawn.count("<circle") == 3 and ">0<" in drawn and ">1<" in drawn
+    heights = [float(y) for y in re.findall(r'cy="([\d.]+)"', drawn)]
+    assert plots.HEIGHT > heights[0] > heights[1] > heights[2] > 0
+    assert heights[0] - heights[1] == pytest.approx(0.7 * (heights[0] - heights[2]), abs=0.2)
+
+
 def test_dots_are_drawn_where_points_are():
     inks = drawing.colours(np.array([[0.95, 0.0]]))
     picture = drawing.points(np.array([[0.95, 0.0]]), inks, side=64)

@@ -77,7 +77,7 @@ def _section(found: Comparison, spacing: str, samplers: Sequence[str], inks: dic
         plot(lines("distance"), "evaluations", "distance", nfe, chance),
     ]
     if any(cell.attributes is not None for cell in cells):
-        plots.append(plot(lines("attributes"), "evaluations", "share as asked", nfe))
+        plots.append(plot(lines("attributes"), "evaluations", "share as asked", nfe, share=True))
     name = html.escape(spacing)
     return (
         f'<section id="{name}"><h2>{name}</h2><div class="plots">{"".join(plots)}</div>'

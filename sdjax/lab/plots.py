@@ -29,13 +29,18 @@ def plot(
     y_label: str,
     ticks: Sequence[float | int],
     marks: Mapping[str, float] | None = None,
+    share: bool = False,
 ) -> str:
     """An SVG with both axes logarithmic; `ticks` are x's, `marks` named horizontal lines.
 
-    Values that are not positive and finite are left out.
+    Values that are not positive and finite are left out. With `share` the y axis is linear instead,
+    from 0 to 1.
     """
+    least = -1.0 if share else 0.0
     kept = [
-        line._replace(points=[p for p in line.points if all(0 < v < math.inf for v in p)])
+        line._replace(
+            points=[(x, y) for x, y in line.points if 0 < x < math.inf and least < y < math.inf]
+        )
         for line in lines
     ]
     kept = [line for line in kept if line.points]
@@ -45,11 +50,11 @@ def plot(
     if not kept:
         return ""
     across = _scale(min(xs), max(xs), (_LEFT, WIDTH - _RIGHT), 0.06)
-    down = _scale(min(ys), max(ys), (HEIGHT - _BOTTOM, _TOP), 0.05)
+    down = _shares if share else _scale(min(ys), max(ys), (HEIGHT - _BOTTOM, _TOP), 0.05)
     parts = [f"<title>{html.escape(y_label)} by {html.escape(x_label)}</title>"]
-    for y in _decades(min(ys), max(ys)):
+    for y in (0.0, 0.25, 0.5, 0.75, 1.0) if share else _decades(min(ys), max(ys)):
         parts.append(_level("grid", down(y)))
-        parts.append(_text("tick", _LEFT - 8, down(y) + 4, _power(y), "end"))
+        parts.append(_text("tick", _LEFT - 8, down(y) + 4, _power(y) if y else "0", "end"))
     for x in ticks:
         ends = f'y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"'
         parts.append(f'<line class="grid" x1="{across(x)}" x2="{across(x)}" {ends}/>')
@@ -89,6 +94,11 @@ def _scale(
         a, b = a - 0.5, b + 0.5
     a, b = a - margin * (b - a), b + margin * (b - a)
     return lambda value: round(span[0] + (math.log(value) - a) / (b - a) * (span[1] - span[0]), 1)
+
+
+def _shares(value: float | int) -> float:
+    bottom, top = HEIGHT - _BOTTOM - 8, _TOP + 8
+    return round(bottom + value * (top - bottom), 1)
 
 
 def _decades(low: float, high: float) -> list[float]:
