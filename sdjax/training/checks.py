@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from sdjax import config
+from sdjax import bundled, config
 from sdjax.errors import InputError
 
 if TYPE_CHECKING:
@@ -186,7 +186,9 @@ def check_files(run: "Run") -> None:
                 f"({', '.join(config.names())}) nor a .toml file"
             )
     for key, path in (("model.load", model.load), ("model.vae", model.vae)):
-        if path is not None and not (os.path.lexists(path) or _may_be_hub_id(path)):
+        if key == "model.load" and bundled.is_named(path):
+            bundled.folder()
+        elif path is not None and not (os.path.lexists(path) or _may_be_hub_id(path)):
             raise InputError(f"{key}: there is no model at {path}")
     for path in run.loss.lpips:
         if not os.path.isfile(path):
