@@ -38,3 +38,12 @@ def folder() -> Path:
             "org/name"
         )
     return HOME
+
+
+def place(where: str | os.PathLike) -> Path:
+    """Where a model lies that is given by a path, or the bundled one by its name.
+
+    Raises:
+        InputError: a copy of sdjax without it.
+    """
+    return folder() if is_named(where) else Path(where)

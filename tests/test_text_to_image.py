@@ -7,7 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.tree_util import Partial
-from peers import LITTLE, few_layers, nchw, nhwc, relative_error, save_tiny_pipeline
+from peers import (
+    LITTLE,
+    assert_same_pictures,
+    few_layers,
+    nchw,
+    nhwc,
+    relative_error,
+    save_tiny_pipeline,
+    torch_pictures,
+    unit_noise,
+)
 
 import sdjax
 from sdjax.diffusion import methods, profiles, trajectories
@@ -33,29 +43,9 @@ def tiny(tmp_path_factory):
     return make
 
 
-def unit_noise(shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def assert_same_pictures(ours, theirs):
-    """Equal uint8 but for one level in at most 0.1% of places."""
-    gap = np.abs(ours.astype(int) - theirs.astype(int))
-    assert gap.max() <= 1
-    assert (gap > 0).mean() <= 1e-3
-
-
 def torch_latents(pipeline, prompt, negative, latents, **settings):
     asked = dict(num_inference_steps=STEPS, guidance_scale=7.5, output_type="latent") | settings
     return nhwc(pipeline(prompt, negative_prompt=negative, latents=nchw(latents), **asked).images)
-
-
-def torch_pictures(pipeline, latents):
-    import torch
-
-    with torch.no_grad():
-        scaled = nchw(latents) / pipeline.vae.config.scaling_factor
-        pixels = nhwc(pipeline.vae.decode(scaled).sample)
-    return (np.clip(pixels / 2 + 0.5, 0, 1) * 255).round().astype(np.uint8)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2-base", "sd2", "sdxl"])

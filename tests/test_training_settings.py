@@ -282,7 +282,7 @@ def test_missing_files_are_refused_by_key(tmp_path):
         assert str(error.value).startswith(sentence)
     patterns = ["data.source=shards/{000..100}.tar", "model.vae=org/name"]
     checks.check_files(settings.read("second.toml", patterns))
-    bundled = ["model.config=", "model.load=scenes", "model.vae=."]
+    bundled = ["model.config=", "model.load=scenes", "model.vae=scenes"]
     checks.check_files(settings.read("second.toml", bundled))
 
 

@@ -143,7 +143,7 @@ def open_checkpoint(
     Raises:
         InputError: as `load`, but for what only the weights themselves show.
     """
-    path = bundled.folder() if bundled.is_named(where) else Path(where)
+    path = bundled.place(where)
     if not path.exists() and not path.is_symlink() and hub.is_id(os.fspath(where)):
         path = hub.download(os.fspath(where), variant)
     if path.is_dir():

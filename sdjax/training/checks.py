@@ -186,7 +186,7 @@ def check_files(run: "Run") -> None:
                 f"({', '.join(config.names())}) nor a .toml file"
             )
     for key, path in (("model.load", model.load), ("model.vae", model.vae)):
-        if key == "model.load" and bundled.is_named(path):
+        if bundled.is_named(path):
             bundled.folder()
         elif path is not None and not (os.path.lexists(path) or _may_be_hub_id(path)):
             raise InputError(f"{key}: there is no model at {path}")

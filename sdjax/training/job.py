@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sdjax import config, parallel
+from sdjax import bundled, config, parallel
 from sdjax.checkpoints import save
 from sdjax.checkpoints.autoencoder import load_autoencoder, save_vae
 from sdjax.checkpoints.loading import CLASSES, advised, family, load, load_vae
@@ -234,7 +234,7 @@ def _nothing(params: Params, extra: Any) -> None:
 def _autoencoder(run: Run) -> tuple[Any, Params | None]:
     """The module and, where it is loaded, its params."""
     if run.model.load:
-        return _read_autoencoder(Path(run.model.load))
+        return _read_autoencoder(run.model.load)
     table = _tables(run).get("vae")
     if table is None:
         raise InputError(f"config {run.model.config} has no [vae], which is to be trained")
@@ -243,8 +243,9 @@ def _autoencoder(run: Run) -> tuple[Any, Params | None]:
     return AutoencoderKL.from_config(table), None
 
 
-def _read_autoencoder(path: Path) -> tuple[Any, Params]:
+def _read_autoencoder(where: str) -> tuple[Any, Params]:
     """One that was saved alone, or that of a whole checkpoint."""
+    path = bundled.place(where)
     alone = (path / "config.json").is_file()
     return (load_autoencoder if alone else load_vae)(path, dtype="float32")
 
@@ -255,7 +256,7 @@ def _model(run: Run) -> tuple[Model, Params]:
     else:
         model, params = _fresh(run)
     if run.model.vae:
-        vae, params["vae"] = _read_autoencoder(Path(run.model.vae))
+        vae, params["vae"] = _read_autoencoder(run.model.vae)
         if not isinstance(vae, AutoencoderKL):
             raise InputError(f"model.vae {run.model.vae} is a VQModel: a KL autoencoder is wanted")
         model = dataclasses.replace(model, vae=vae)
