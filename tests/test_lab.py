@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import math
 import re
 from html.parser import HTMLParser
 
@@ -17,6 +18,7 @@ from sdjax import bundled, lab
 from sdjax.cli import command
 from sdjax.cli import lab as cli
 from sdjax.diffusion.samplers import (
+    DPMAdaptive,
     DPMSolverPP2M,
     Euler,
     EulerAncestral,
@@ -25,9 +27,10 @@ from sdjax.diffusion.samplers import (
     Restart,
 )
 from sdjax.diffusion.schedules import Schedule
+from sdjax.diffusion.trajectories import evaluations
 from sdjax.errors import InputError
 from sdjax.lab import drawing, plots
-from sdjax.lab.compare import afforded
+from sdjax.lab.cost import afforded, meter
 from sdjax.lab.distances import relative_error
 
 
@@ -142,8 +145,27 @@ class Costly:
     ],
 )
 def test_a_sampler_takes_as_many_steps_as_evaluations_pay_for(sampler, nfe, wanted):
-    levels = lab.gaussian().sigmas
-    assert afforded(sampler, lambda n: levels("karras", n), nfe) == wanted
+    assert afforded(meter(lab.gaussian(), sampler, "karras", 2), nfe) == wanted
+
+
+def test_a_sampler_that_chooses_its_steps_costs_what_it_asks_of_each_image():
+    """Counted on the problem itself, and shown only where that is allowed."""
+    problem = lab.mixture()
+    loose, tight = DPMAdaptive(), DPMAdaptive(rtol=0.01, atol=0.001)
+    samplers = {"loose": loose, "tight": tight}
+    found = lab.compare(problem, samplers, ["karras"], (1, 10, 35, 60), count=16)
+    cells = {(cell.sampler, cell.nfe): cell for cell in found.cells}
+    sigmas = problem.sigmas("karras", 20)[[0, -2, -1]]
+    noises = np.random.default_rng(0).standard_normal((16, 1, 1, 2)) * sigmas[0]
+    for name, sampler in samplers.items():
+        levels = np.tile(sigmas.reshape(3, 1, 1, 1, 1), (1, 16, 1, 1, 1))
+        asked = evaluations(sampler, levels, problem.denoise, noises).mean()
+        assert cells[name, 60].evaluations == math.ceil(asked)
+        assert [n for n in (1, 10, 35, 60) if (name, n) in cells] == [
+            n for n in (1, 10, 35, 60) if n >= asked
+        ]
+    assert cells["loose", 60].evaluations < cells["tight", 60].evaluations
+    assert cells["loose", 60].error > cells["tight", 60].error
 
 
 class Page(HTMLParser):

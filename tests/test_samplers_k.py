@@ -20,7 +20,7 @@ from sampler_runs import (
     recorded,
 )
 
-from sdjax.diffusion import noise, sampling
+from sdjax.diffusion import noise, profiles, sampling
 from sdjax.diffusion.samplers import (
     DPM2,
     LMS,
@@ -36,6 +36,7 @@ from sdjax.diffusion.samplers import (
     EulerAncestral,
     Heun,
 )
+from sdjax.diffusion.schedules import Schedule
 from sdjax.errors import InputError
 from sdjax.types import leaves32
 
@@ -143,6 +144,28 @@ def test_adaptive_steps_keep_to_their_tolerance_and_stop_at_every_level():
         tape = np.repeat(MANY, len(levels) - 1, 0)
         got, _ = adapt(sampler, 10 * START, np.array(levels, np.float32), tape)
         assert relative_error(got, want) < 1e-3
+
+
+def test_by_name_adaptive_steps_run_between_the_ends_of_any_spacing():
+    """As k-diffusion's call from sigma_max to sigma_min, whatever lies between; then the estimate
+    there."""
+    plans = [
+        profiles.k_diffusion(Schedule(), "dpm_adaptive", spacing, n)
+        for spacing, n in (("karras", 20), ("exponential", 7), ("karras", 2))
+    ]
+    for plan in plans[1:]:
+        np.testing.assert_allclose(plan.sigmas, plans[0].sigmas)
+        np.testing.assert_allclose(plan.timesteps, plans[0].timesteps, atol=1e-9)
+    sigmas = np.asarray(plans[0].sigmas, np.float32)
+    high, low = map(float, sigmas[:2])
+    x, nfe = adapt(leaves32(plans[0].sampler), high * START, sigmas, np.repeat(MANY, 2, 0))
+    for i in range(3):
+        model = k_diffusion.Mixture()
+        want, _ = k_diffusion.dpm_adaptive(model, high * START[i : i + 1], high, low, None)
+        want = model(want, low)
+        assert relative_error(x[i : i + 1], want) <= 1e-3 and nfe[i] == model.calls
+    whole = profiles.k_diffusion(Schedule(), "dpm_adaptive", "karras", 1).sigmas
+    np.testing.assert_allclose(whole, [high, 0.0], rtol=1e-6)
 
 
 def test_a_controller_that_is_lost_gives_nan_and_ends():

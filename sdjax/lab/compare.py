@@ -1,19 +1,17 @@
 """`compare`: samplers on a problem, at equal numbers of evaluations."""
 
 import csv
-import functools
 import io
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from sdjax.diffusion.plan import fitted
-from sdjax.diffusion.trajectories import evaluations, may_draw
+from sdjax.diffusion.trajectories import may_draw
 from sdjax.errors import InputError
+from sdjax.lab.cost import afforded, meter
 from sdjax.lab.distances import relative_error, sliced_wasserstein
 from sdjax.lab.problems import Problem
 from sdjax.types import Sampler
@@ -31,7 +29,7 @@ class Cell(NamedTuple):
     nfe: int
     """Evaluations of the network that were allowed."""
     evaluations: int
-    """Those that were made, at most as many."""
+    """Those that were made, at most as many; of a sampler that chooses its steps, their mean."""
     steps: int
     error: float | None
     """From what is right for the same noise, as a share of its deviation; None where a sampler adds
@@ -139,8 +137,9 @@ def compare(
     """Run every sampler with every spacing at every number of evaluations, from the same noise.
 
     A sampler takes as many steps as the allowed evaluations pay for; where not even one step is
-    paid for, there is no cell. A sampler is anything with `init` and `step`, such as a class from a
-    notebook's cell:
+    paid for, there is no cell. What a sampler that chooses its steps asks for is counted on the
+    problem itself. A sampler is anything with `init` and `step`, such as a class from a notebook's
+    cell:
 
         found = lab.compare(lab.mixture(), {"mine": Mine(), "heun": sdjax.Heun()})
         found.save("comparison")
@@ -171,9 +170,9 @@ def compare(
     for done, (name, spacing) in enumerate((n, s) for n in samplers for s in spacings):
         told(done, total, f"{name}, {spacing}")
         sampler = samplers[name]
+        cost = meter(problem, sampler, spacing, count)
         for allowed in sorted(set(nfe)):
-            levels = functools.partial(problem.sigmas, spacing)
-            steps, made = afforded(sampler, levels, allowed)
+            steps, made = afforded(cost, allowed)
             if not steps:
                 continue
             found = problem.solve(sampler, spacing, steps, count)
@@ -216,36 +215,6 @@ def _table(found: Comparison, spacing: str) -> str:
 
 def _any(cells: Iterable[Cell], field: str) -> bool:
     return any(getattr(cell, field) is not None for cell in cells)
-
-
-def afforded(sampler: Sampler, sigmas: Callable[[int], np.ndarray], nfe: int) -> tuple[int, int]:
-    """(Steps, evaluations): the most steps that at most `nfe` evaluations pay for, or (0, 0).
-
-    Evaluations are counted, not declared; each more step is taken to cost at least one.
-    """
-    steps = nfe
-    while steps > 0:
-        made = _cost(sampler, sigmas(steps))
-        if made <= nfe:
-            return steps, made
-        # As if every step cost the same; at least one step less.
-        steps = min(steps - 1, max(1, round(steps * nfe / made)))
-    return 0, 0
-
-
-_costs: dict[Any, int] = {}
-
-
-def _cost(sampler: Sampler, sigmas: np.ndarray) -> int:
-    """Evaluations of a schedule; counted once for each sampler, number of steps and kind of end."""
-    asked = repr(sampler), len(sigmas)
-    sampler, sigmas = fitted(sampler, sigmas)
-    key = (asked, len(sigmas), bool(sigmas[-1] == 0))
-    if key not in _costs:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            _costs[key] = int(evaluations(sampler, sigmas))
-    return _costs[key]
 
 
 def _another(problem: Problem, count: int) -> np.ndarray:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -48,8 +49,9 @@ class DPMAdaptive:
 
     One step of `sample` follows the ODE over a whole interval, from sigma to sigma_next, in a
     `while_loop`: sigmas [sigma_max, sigma_min] are k-diffusion's call, and with more levels the run
-    stops at each. A step to 0 is the denoised estimate, one evaluation. `carry.state.nfe` [b] of
-    `sampling.scan` counts evaluations. With `eta` each accepted step draws noise, its attempt's
+    stops at each. A step to 0 is the denoised estimate, one evaluation. By name, for profiles and
+    tasks, only the ends of a spacing are kept: `plan`. `carry.state.nfe` [b] of `sampling.scan`
+    counts evaluations. With `eta` each accepted step draws noise, its attempt's
     number the draw; k-diffusion's tolerances are wide for that: a Gaussian's variance is 18 % short
     after 39 evaluations, and right after 209 at rtol 1e-4 and atol 1e-5. Sigmas may rise
     (inversion) at `eta` 0; a rising interval adds no noise.
@@ -73,6 +75,14 @@ class DPMAdaptive:
     def __post_init__(self) -> None:
         if isinstance(self.order, bool) or self.order not in (2, 3):
             raise InputError(f"order must be 2 or 3, got {self.order!r}")
+
+    def plan(self, sigmas: Float[np.ndarray, "n"]) -> tuple["DPMAdaptive", Float[np.ndarray, "m"]]:
+        """This sampler, and the levels of its run, if it ends at 0: the first, the last above 0,
+        and 0. How many there were between them says nothing to a sampler that chooses its steps.
+        """
+        if sigmas[-1] != 0 or len(sigmas) < 3:
+            return self, sigmas
+        return self, sigmas[[0, -2, -1]]
 
     @property
     def stochastic(self) -> ArrayLike:
