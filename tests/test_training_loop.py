@@ -10,6 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
+from sdjax.training import data
 
 CONFIG = """
 [vae]
@@ -79,6 +82,10 @@ def curve(folder: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
 
+def grey(index):
+    return data.Example(np.full((8, 8, 3), index, np.uint8), "", "")
+
+
 @pytest.fixture(scope="module")
 def unbroken(home):
     run(command(home, "unbroken", 6))
@@ -115,6 +122,39 @@ def test_sigterm_saves_and_a_longer_run_goes_on(home, unbroken):
     assert max(steps) == len(curve(home / "stopped"))
     want = curve(unbroken)[:3]
     assert curve(home / "stopped")[:3] == want
+
+
+def test_a_signal_to_the_whole_group_saves_though_the_workers_die(home, tmp_path):
+    """The data stop in the second batch, at a picture that never comes."""
+    with data.batches(data.Drawn(grey, 16), batch_size=8, height=8, width=8) as batches:
+        _, second = (next(batches)["pixels"][:, 0, 0, 0] for _ in range(2))
+    endless = next(int(number) for number in second if number >= 8)
+    for number in range(16):
+        path = tmp_path / f"{number:02}.png"
+        if number == endless:
+            os.mkfifo(path)
+        else:
+            Image.fromarray(np.full((64, 64, 3), number, np.uint8)).save(path)
+    more = ("--set", f"data.source={tmp_path}", "--set", "data.workers=1")
+    process = subprocess.Popen(
+        command(home, "group", 6, *more),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        for line in process.stderr:
+            if "step 1/" in line:
+                break
+        os.killpg(process.pid, signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, said
+    assert "stopped by SIGTERM at step 1 of 6" in said
+    saved = json.loads((home / "group/checkpoints/1/rest/metadata").read_text())
+    assert saved["extra"]["data"]["examples"] == 8
 
 
 def test_eight_devices_give_the_losses_of_one(home, unbroken):

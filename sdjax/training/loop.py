@@ -92,17 +92,27 @@ def train(run: Run, *, note: Note = lambda line: None, resume: bool = True) -> P
     )
     say.append(log.note)
     with log, Stopping() as stopping, work.batches:
-        asked = None
+        asked: str | None = None
+        saved = done
         while done < run.run.steps and not asked:
-            batch = parallel.distribute(next(work.batches), mesh)
-            state, metrics = program(state, frozen, batch)
-            done += 1
-            log.step(done, metrics)
-            asked = stopping.asked(done)
+            try:
+                given = next(work.batches)
+            except Exception:
+                # A signal to a whole group ends the data's processes too: nothing is lost by it.
+                asked = stopping.asked(done)
+                if not asked:
+                    raise
+            else:
+                batch = parallel.distribute(given, mesh)
+                state, metrics = program(state, frozen, batch)
+                done += 1
+                log.step(done, metrics)
+                asked = stopping.asked(done)
             last = done == run.run.steps
-            if last or asked or done % run.run.save_every == 0:
+            if done > saved and (last or asked or done % run.run.save_every == 0):
                 extra = {"data": work.batches.state(), "log": log.state()}
                 checkpoints.save(done, state, extra)
+                saved = done
             if run.run.sample_every and (last or done % run.run.sample_every == 0) and not asked:
                 with log.paused():
                     _show(work, state, out, done, log, process[0] == 0)
