@@ -1,5 +1,6 @@
 """Runs of every kind from settings to what torch loads, at sizes of a few thousand parameters."""
 
+import dataclasses
 import json
 
 import jax
@@ -13,6 +14,7 @@ import sdjax
 from sdjax.errors import InputError
 from sdjax.training import settings
 from sdjax.training.fresh import fresh
+from sdjax.training.job import job
 from sdjax.training.loop import train
 from sdjax.training.scenes import measure
 
@@ -113,6 +115,36 @@ def test_both_stages_make_a_model_that_torch_and_sdjax_sample_alike(bundle):
     ).images.numpy()
     theirs = theirs.transpose(0, 2, 3, 1)
     assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
+
+
+def test_a_cache_is_refused_where_anything_that_made_it_differs(home, bundle):
+    """One of before has the tokenizers' and the files' marks not, and is taken."""
+    cache = home / "latents" / "cache.json"
+    made = json.loads(cache.read_text())
+    tables = {
+        "model": {"load": str(bundle[1]), "train": ["unet", "text_encoder"]},
+        "data": SCENES | {"count": 4, "cache": str(home / "latents")},
+        "run": STEPS | {"out": str(home / "no")},
+        "kind": "second_stage",
+    }
+    run = settings.from_dict(tables)
+    for change, said in [
+        ({}, "made with dtype 'float32', and now it is 'bfloat16'"),
+        ({"tokenizers": {"ids": "another"}}, "made with tokenizers"),
+        ({"text_encoder_2": "another"}, "made with text_encoder_2 'another'"),
+        ({"files": "another"}, "made with files 'another'"),
+        ({"caption_column": "title"}, "made with caption_column 'title'"),
+    ]:
+        cache.write_text(json.dumps(made | {"made_of": made["made_of"] | change}))
+        other = dataclasses.replace(run.model, dtype="float32" if change else "bfloat16")
+        with pytest.raises(InputError, match=said):
+            job(dataclasses.replace(run, model=other), print)
+    new = ("files", "caption_column", "text_encoder_2", "tokenizers", "dtype")
+    old = {key: value for key, value in made["made_of"].items() if key not in new}
+    cache.write_text(json.dumps(made | {"made_of": old}))
+    with job(run, print).batches as batches:
+        assert next(batches)["mean"].shape == (2, 32, 32, 4)
+    cache.write_text(json.dumps(made))
 
 
 def test_a_decoder_alone_learns_and_latents_stay_what_they_were(home, bundle):

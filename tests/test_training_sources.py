@@ -517,6 +517,34 @@ def test_a_tar_that_shrinks_while_it_is_read_loses_pictures_by_name(tmp_path):
     assert "shorter than it was" in skipped(source, 2)
 
 
+@pytest.mark.parametrize("changed", ["pairs/a.png", "pairs/a.txt", "b.tar"])
+def test_files_changed_in_place_are_noticed_by_their_stamp_alone(tmp_path, changed):
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs/a.png").write_bytes(encoded(picture()))
+    (tmp_path / "pairs/a.txt").write_text("red")
+    shard(tmp_path / "b.tar", 0, 2)
+    file = tmp_path / changed
+    where = file if file.suffix == ".tar" else file.parent
+    before = data.open(where)
+    assert data.open(where).stamp == before.stamp
+    time = file.stat().st_mtime_ns
+    content = file.read_bytes()
+    file.write_bytes(content)  # as large, later
+    os.utime(file, ns=(time, time + 1))
+    assert data.open(where).stamp != before.stamp
+    assert data.open(where).digest == before.digest
+    file.write_bytes(content + b" ")  # at the same time, longer
+    os.utime(file, ns=(time, time))
+    assert data.open(where).stamp != before.stamp
+
+
+def test_sources_in_a_row_are_noticed_each(tmp_path):
+    paths = [shard(tmp_path / f"{name}.tar", 0, 1) for name in "ab"]
+    before = data.open(paths).stamp
+    os.utime(paths[1], ns=(1, 1))
+    assert data.open(paths).stamp != before
+
+
 def test_tars_are_known_by_their_members(tmp_path):
     digest = data.open(shard(tmp_path / "a.tar", 0, 2)).digest
     (tmp_path / "b").mkdir()

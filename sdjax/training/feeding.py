@@ -1,7 +1,9 @@
 """What a run is fed: its data, in batches, or as latents that were computed once."""
 
 import dataclasses
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -85,9 +87,16 @@ def cached(
     assert run.data.cache is not None
     made_of = {
         "data": getattr(source, "digest", str(run.data.source)),
+        "files": getattr(source, "stamp", ""),
+        "caption_column": run.data.caption_column,
         "vae": _fingerprint(params["vae"]),
         "text_encoder": _fingerprint(params.get("text_encoder", {})) if texts else None,
+        "text_encoder_2": _fingerprint(params.get("text_encoder_2", {})) if texts else None,
+        "tokenizers": {
+            key: _digest([json.dumps(dataclasses.astuple(words[key])).encode()]) for key in words
+        },
         "size": [run.data.height, run.data.width],
+        "dtype": run.model.dtype,
     }
     encode, networks = parallel.mapped(_encode), parallel.replicate(params)
     size = 32 * parallel.device_count()
@@ -121,9 +130,11 @@ def _encode(static: tuple[Model, str], params: Params, batch: Batch) -> dict[str
 
 def _fingerprint(tree: Params) -> str:
     """Which weights these are."""
-    import hashlib
+    return _digest(np.ascontiguousarray(leaf).tobytes() for leaf in jax.tree.leaves(tree))
 
+
+def _digest(parts: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()[:16]

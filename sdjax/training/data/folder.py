@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from sdjax.errors import InputError
 from sdjax.training.data.pixels import decode
-from sdjax.training.data.source import Example
+from sdjax.training.data.source import Example, stamp
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
@@ -78,6 +78,18 @@ class Folder:
             digest.update(json.dumps(entry).encode())
         return digest.hexdigest()
 
+    @functools.cached_property
+    def stamp(self) -> str:
+        """SHA-256 of the sizes and times of change of images, and of the captions beside them."""
+        return stamp(self._paths())
+
+    def _paths(self) -> Iterator[str]:
+        for entry in self.entries:
+            path = os.path.join(self.root, entry.path)
+            yield path
+            if entry.caption is None:
+                yield _text(path)
+
 
 def _files(root: str) -> Iterator[str]:
     """Every file below the folder that is not hidden, relative to it, with forward slashes."""
@@ -101,7 +113,7 @@ def _is_image(path: str) -> bool:
 def _paired(root: str, files: list[str]) -> Iterator[Entry]:
     known = set(files)
     for file in filter(_is_image, files):
-        text = os.path.splitext(file)[0] + ".txt"
+        text = _text(file)
         if text not in known:
             raise InputError(
                 f"{root}/{file} has no caption: write {text} beside it or a metadata.jsonl, or set "
@@ -110,8 +122,12 @@ def _paired(root: str, files: list[str]) -> Iterator[Entry]:
         yield Entry(file, None)
 
 
+def _text(path: str) -> str:
+    return os.path.splitext(path)[0] + ".txt"
+
+
 def _beside(path: str) -> str:
-    text = os.path.splitext(path)[0] + ".txt"
+    text = _text(path)
     try:
         return Path(text).read_text(encoding="utf-8-sig").strip()
     except UnicodeDecodeError:

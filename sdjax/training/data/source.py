@@ -4,8 +4,9 @@ import bisect
 import hashlib
 import itertools
 import json
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -33,7 +34,8 @@ class Source(Protocol):
     An example is a picture with its caption, or arrays that are a batch's row as they are. One that
     cannot be read is None, never an exception; a source that has a dict `skipped` puts its number
     there with one line: the name and what is wrong. One that has a `digest`, a str, is known by it:
-    caches and checkpoints then notice other data.
+    caches and checkpoints then notice other data. So do caches by a `stamp`, a str that also tells
+    files that were changed in place; another copy of the data has the digest and not the stamp.
     """
 
     def __len__(self) -> int:
@@ -96,6 +98,24 @@ class Joined:
         """The sources' digests, as one."""
         parts = [(len(s), getattr(s, "digest", "")) for s in self.sources]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @property
+    def stamp(self) -> str:
+        """The sources' stamps, as one."""
+        parts = [getattr(s, "stamp", "") for s in self.sources]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def stamp(paths: Iterable[str]) -> str:
+    """SHA-256 of files' sizes and times of change, in order; the files are not read."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            found = os.stat(path)
+            digest.update(f"{found.st_size} {found.st_mtime_ns}\n".encode())
+        except OSError:
+            digest.update(b"absent\n")
+    return digest.hexdigest()
 
 
 def reason(source: Source, index: int) -> str:

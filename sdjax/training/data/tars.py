@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from sdjax.errors import InputError
 from sdjax.training.data.pixels import decode
-from sdjax.training.data.source import Example
+from sdjax.training.data.source import Example, stamp
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 _CAPTIONS = ("txt", "json")
@@ -120,6 +120,11 @@ class Tars:
         for member in self.members:
             digest.update(json.dumps(member).encode())
         return digest.hexdigest()
+
+    @functools.cached_property
+    def stamp(self) -> str:
+        """SHA-256 of the tars' sizes and times of change."""
+        return stamp(self.paths)
 
 
 def expand(pattern: str) -> list[str]:
