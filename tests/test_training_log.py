@@ -123,11 +123,13 @@ def test_tensorboard_is_given_the_same_numbers(tmp_path):
             it.step(step, metrics(step))
         it.image("samples", 20, np.zeros((8, 8, 3), np.uint8))
     (path,) = (tmp_path / "tensorboard").iterdir()
-    data, at, scalars, images = path.read_bytes(), 0, {}, 0
+    data, at, scalars, images, starts = path.read_bytes(), 0, {}, 0, []
     while at < len(data):  # records: length u64, its crc u32, the event, its crc u32
         size = int.from_bytes(data[at : at + 8], "little")
         event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])
         at += size + 16
+        if event.HasField("session_log"):
+            starts.append(event.step)
         for value in event.summary.value:
             if value.HasField("image"):
                 images += 1
@@ -136,6 +138,7 @@ def test_tensorboard_is_given_the_same_numbers(tmp_path):
     for line in lines(tmp_path):
         assert scalars["loss", line["step"]] == np.float32(line["loss"])
     assert images == 1
+    assert starts == [1]  # what an attempt before this one left from there on is hidden
 
 
 def test_without_tensorboard_metrics_are_written_all_the_same(tmp_path, monkeypatch):

@@ -251,4 +251,4 @@ def _board(folder: Path, step: int, note: Callable[[str], None]) -> Any:
         note("tensorboardX is not installed, so TensorBoard gets nothing: pip install tensorboardX")
         return None
     # What an earlier process logged beyond this step is hidden by TensorBoard.
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    return SummaryWriter(str(folder), purge_step=step + 1)
