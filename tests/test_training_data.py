@@ -236,6 +236,13 @@ def test_a_position_of_other_data_is_refused():
         data.batches(data.Drawn(make, 9), start=state, seed=1, **FULL)
     with pytest.raises(InputError, match="counts examples"):
         batches.restore(state | {"examples": -1})
+    assert "digest" not in state
+    known = data.batches(data.Drawn(make, 9, "a world"), **FULL)
+    known.restore(state)  # of an earlier release, which did not ask
+    with pytest.raises(InputError, match="saved with other data"):
+        data.batches(data.Drawn(make, 9, "another"), start=known.state(), **FULL)
+    with pytest.raises(InputError, match="saved with other data"):
+        batches.restore(known.state())
 
 
 def test_an_unreadable_examples_row_is_filled_and_nothing_else_moves():

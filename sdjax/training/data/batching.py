@@ -56,15 +56,23 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         return self._next // len(self._rows.source)
 
     def state(self) -> dict[str, Any]:
-        """The position of the next batch, for JSON: that of all processes, whatever `workers`."""
+        """The position of the next batch, for JSON: that of all processes, whatever `workers`.
+
+        With it goes the source's `digest`, where it has one.
+        """
+        digest = getattr(self._rows.source, "digest", "")
         return {
             "examples": self._next,
             "seed": self._rows.seed,
             "length": len(self._rows.source),
+            **({"digest": digest} if digest else {}),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go to a position that `state` gave: the next batch is the one that was next there."""
+        """Go to a position that `state` gave: the next batch is the one that was next there.
+
+        InputError: it is one in other data, or with another seed.
+        """
         here = self.state()
         for key in ("seed", "length"):
             if state.get(key) != here[key]:
@@ -73,6 +81,12 @@ class Batches(Iterator[dict[str, np.ndarray]]):
                     f"the position was saved with the {what} {state.get(key)}, and here it is "
                     f"{here[key]}: continue with the data and the seed it was saved with"
                 )
+        # Positions that were saved before there were digests go on as they did.
+        if "digest" in state and state["digest"] != here.get("digest"):
+            raise InputError(
+                "the position was saved with other data, whose names or captions differ from what "
+                "data.source holds now: continue with the data it was saved with"
+            )
         start = state.get("examples")
         if not isinstance(start, int) or start < 0:
             raise InputError(f"a position counts examples from 0, got {start!r}")

@@ -27,6 +27,7 @@ class Cached:
         self.path = str(path)
         self.made_of: dict[str, Any] = about["made_of"]
         self.count: int = about["count"]
+        self.digest = str(self.made_of.get("data", ""))
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._keys = list(about["arrays"])
         self._open()
