@@ -245,6 +245,23 @@ def test_a_position_of_other_data_is_refused():
         batches.restore(known.state())
 
 
+def test_what_was_skipped_is_counted_on_after_restoring():
+    source = data.Drawn(spoiled, 23)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with data.batches(source, **FULL) as batches:
+            while not batches.skipped:
+                next(batches)
+            state = json.loads(json.dumps(batches.state()))
+            for _ in range(6):
+                next(batches)
+        with data.batches(source, start=state, **FULL) as again:
+            assert again.state() == state and state["skipped"]
+            for _ in range(6):
+                next(again)
+    assert set(again.skipped) == set(batches.skipped) == {3, 4, 11}
+
+
 def test_an_unreadable_examples_row_is_filled_and_nothing_else_moves():
     with data.batches(data.Drawn(make, 23), **FULL) as batches:
         whole = [next(batches) for _ in range(12)]
@@ -472,6 +489,22 @@ def test_a_cache_gives_what_was_encoded_and_trains_like_it(tmp_path):
     sent = pickle.loads(pickle.dumps(data.open_cached(tmp_path / "c")))  # as to a process
     with data.batches(sent, batch_size=5, seed=3, start=state) as batches:
         same(next(batches), third)
+
+
+def test_a_cache_has_no_copies_in_place_of_what_could_not_be_read(tmp_path):
+    source = data.Drawn(spoiled, 13)
+    whole = dict(batch_size=4, shuffle=False, tokenize=tokenize, **SIZE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with data.batches(source, **whole) as batches:
+            told = batches.skipped
+            cached = data.cache(batches, encode, tmp_path / "c", 13, made_of={}, skipped=told)
+        assert [n for n in range(13) if cached[n] is None] == [3, 4, 11]
+        again = data.open_cached(tmp_path / "c")
+        assert again.skipped == told and set(told) == {3, 4, 11}
+        with data.batches(again, batch_size=13) as batches:
+            numbers = next(batches)["ids"][:, 1]
+            assert not {3, 4, 11}.intersection(numbers) and set(batches.skipped) == {3, 4, 11}
 
 
 def test_a_cache_in_half_precision_is_half_as_large(tmp_path):

@@ -147,6 +147,34 @@ def test_a_cache_is_refused_where_anything_that_made_it_differs(home, bundle):
     cache.write_text(json.dumps(made))
 
 
+def test_what_cannot_be_read_is_counted_for_the_user(home, bundle, tmp_path):
+    """In the metrics and in a sentence; and nothing stands for it in a cache."""
+    for number in range(4):
+        Image.new("L", (64, 64), 60 * number).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(f"grey number {number}")
+    (tmp_path / "2.png").write_bytes(b"\x89PNG and no more")
+    photos = {"source": str(tmp_path), "height": 64, "width": 64}
+    with pytest.warns(UserWarning, match=r"skipped 2\.png"):
+        path, said = trained(
+            "first_stage", home / "broken", model={"config": str(home / "small.toml")}, data=photos
+        )
+    assert "examples that could not be read and were skipped: 1, see the warnings" in said
+    lines = (path.parent / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["skipped"] == 1
+    tables = {
+        "kind": "second_stage",
+        "run": STEPS | {"out": str(home / "no"), "batch_size": 4},
+        "model": {"load": str(bundle[1])},
+        "data": photos | {"cache": str(tmp_path / "cache")},
+    }
+    for _ in range(2):  # made, and found
+        said = []
+        with pytest.warns(UserWarning, match=r"skipped 2\.png"):
+            with job(settings.from_dict(tables), said.append).batches as batches:
+                assert len(np.unique(next(batches)["mean"], axis=0)) == 3
+        assert "examples that cannot be read, and are left out of the cache: 1 of 4" in said
+
+
 def test_a_decoder_alone_learns_and_latents_stay_what_they_were(home, bundle):
     old, *_ = bundle
     new, _ = trained(

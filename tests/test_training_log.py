@@ -74,6 +74,13 @@ def test_a_run_killed_and_resumed_writes_the_same_file(tmp_path, saved):
     assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == [log.METRICS]
 
 
+def test_totals_are_what_they_are_at_the_line_and_left_out_at_0(tmp_path):
+    with Log(tmp_path, steps=20, batch_size=4, every=10, bar=False) as it:
+        for step in range(1, 21):
+            it.step(step, metrics(step), {"skipped": max(0, step - 15)})
+    assert [line.get("skipped") for line in lines(tmp_path)] == [None, 5]
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path, value):
     with Log(tmp_path, steps=100, batch_size=4, every=10, bar=False) as it:

@@ -37,7 +37,11 @@ def source_of(run: Run, captions: bool = True) -> Source:
 
 
 def batches_of(
-    run: Run, source: Source | data.Cached, words: dict[str, Tokenizer], process: tuple[int, int]
+    run: Run,
+    source: Source | data.Cached,
+    words: dict[str, Tokenizer],
+    process: tuple[int, int],
+    shuffle: bool = True,
 ) -> Batches:
     """The run's batches of a source: `words` are its tokenizers by the key of their ids."""
     if isinstance(source, data.Cached):
@@ -55,6 +59,7 @@ def batches_of(
         crop=run.data.crop,
         time_ids="ids_2" in words,
         workers=run.data.workers,
+        shuffle=shuffle,
         process=process,
     )
 
@@ -117,10 +122,23 @@ def cached(
             last = done * 10 // count
             note(f"cached {done} of {count} examples")
 
-    with batches_of(plain, source, words, (0, 1)) as batches:
-        return data.cache(
-            batches, made, run.data.cache, len(source), made_of=made_of, progress=progress
+    # In the data's own order: an example's number is the same with a cache and without.
+    with batches_of(plain, source, words, (0, 1), shuffle=False) as batches:
+        found = data.cache(
+            batches,
+            made,
+            run.data.cache,
+            len(source),
+            made_of=made_of,
+            skipped=batches.skipped,
+            progress=progress,
         )
+    if found.skipped:
+        note(
+            f"examples that cannot be read, and are left out of the cache: {len(found.skipped)} of "
+            f"{len(found)}"
+        )
+    return found
 
 
 def _encode(static: tuple[Model, str], params: Params, batch: Batch) -> dict[str, Array]:

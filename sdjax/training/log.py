@@ -51,6 +51,7 @@ class Log:
         carried = carried or {}
         self._sums: dict[str, float] = dict(carried.get("sums", {}))
         self._count: int = carried.get("count", 0)
+        self._totals: dict[str, int] = {}
         self._waiting: list[tuple[int, Mapping[str, Any]]] = []
         self._step = step
         self._shown: float | None = carried.get("shown")
@@ -65,12 +66,17 @@ class Log:
             self._board = _board(self.folder / "tensorboard", step, self._note)
         self._bar = _bar(steps, step) if writes and _wanted(bar) else None
 
-    def step(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def step(
+        self, step: int, metrics: Mapping[str, Any], totals: Mapping[str, int] | None = None
+    ) -> None:
         """Take a step's metrics, scalars; `step` counts from 1.
 
-        InputError: one of them is not finite, as far as that is known by now.
+        `totals` are counts up to this step: a line has the last ones, but for those that are 0.
+
+        InputError: one of the metrics is not finite, as far as that is known by now.
         """
         self._waiting.append((step, metrics))
+        self._totals = {name: count for name, count in (totals or {}).items() if count}
         self._step = step
         if self._since is None:
             jax.block_until_ready(metrics)  # the first step compiles, which is nobody's rate
@@ -175,7 +181,9 @@ class Log:
             self._since, self._timed = now, 0
         else:
             rate = 0.0
-        means = {name: total / self._count for name, total in self._sums.items()}
+        means: dict[str, float] = {
+            name: total / self._count for name, total in self._sums.items()
+        } | self._totals
         loss = means.get("loss", math.nan)
         self._sums, self._count = {}, 0
         if not self._writes:

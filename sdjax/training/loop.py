@@ -106,7 +106,7 @@ def train(run: Run, *, note: Note = lambda line: None, resume: bool = True) -> P
                 batch = parallel.distribute(given, mesh)
                 state, metrics = program(state, frozen, batch)
                 done += 1
-                log.step(done, metrics)
+                log.step(done, metrics, {"skipped": len(work.batches.skipped)})
                 asked = stopping.asked(done)
             last = done == run.run.steps
             if done > saved and (last or asked or done % run.run.save_every == 0):
@@ -118,6 +118,9 @@ def train(run: Run, *, note: Note = lambda line: None, resume: bool = True) -> P
                     _show(work, state, out, done, log, process[0] == 0)
             checkpoints.poll()
         checkpoints.wait()
+        if work.batches.skipped:
+            count = len(work.batches.skipped)
+            log.note(f"examples that could not be read and were skipped: {count}, see the warnings")
         if asked:
             log.note(f"stopped by {asked} at step {done} of {run.run.steps}")
             checkpoints.close()

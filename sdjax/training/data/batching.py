@@ -29,7 +29,8 @@ class Batches(Iterator[dict[str, np.ndarray]]):
 
     def __init__(self, rows: Rows, workers: int, epochs: int | None):
         self.skipped: dict[int, str] = {}
-        """Unreadable examples met so far, by number: the name and what is wrong."""
+        """Unreadable examples met so far, by number: the name and what is wrong, or nothing where
+        they were met before a position that was gone back to. Of this process's rows alone."""
         self.enlarged: set[int] = set()
         """Numbers of the examples met so far that were smaller than what is trained on."""
         self._rows = rows
@@ -58,7 +59,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     def state(self) -> dict[str, Any]:
         """The position of the next batch, for JSON: that of all processes, whatever `workers`.
 
-        With it goes the source's `digest`, where it has one.
+        With it go the source's `digest`, where it has one, and the numbers of what was skipped.
         """
         digest = getattr(self._rows.source, "digest", "")
         return {
@@ -66,6 +67,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
             "seed": self._rows.seed,
             "length": len(self._rows.source),
             **({"digest": digest} if digest else {}),
+            **({"skipped": sorted(self.skipped)} if self.skipped else {}),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -92,6 +94,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
             raise InputError(f"a position counts examples from 0, got {start!r}")
         self.close()
         self._next = start
+        self.skipped = {n: self.skipped.get(n, "") for n in state.get("skipped", ())}
 
     def close(self) -> None:
         """End what runs ahead; the next batch can still be asked for, and starts it anew."""

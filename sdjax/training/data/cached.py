@@ -21,13 +21,17 @@ Encode = Callable[[dict[str, np.ndarray]], Mapping[str, Any]]
 
 
 class Cached:
-    """A cache's examples: dicts of arrays, read from disk as they are asked for."""
+    """A cache's examples: dicts of arrays, read from disk as they are asked for.
+
+    One that could not be read when the cache was made is None, and in `skipped`.
+    """
 
     def __init__(self, path: str | Path, about: Mapping[str, Any]):
         self.path = str(path)
         self.made_of: dict[str, Any] = about["made_of"]
         self.count: int = about["count"]
         self.digest = str(self.made_of.get("data", ""))
+        self.skipped = {int(n): line for n, line in about.get("skipped", {}).items()}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._keys = list(about["arrays"])
         self._open()
@@ -35,7 +39,9 @@ class Cached:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> dict[str, np.ndarray] | None:
+        if index in self.skipped:
+            return None
         return {key: np.array(array[index]) for key, array in self._arrays.items()}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -70,6 +76,7 @@ def cache(
     *,
     made_of: Mapping[str, Any],
     store: Literal["float32", "float16"] = "float32",
+    skipped: Mapping[int, str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Cached:
     """The first `count` examples of `batches`, each through `encode` once, kept in a folder.
@@ -77,6 +84,8 @@ def cache(
     `encode`: a batch to named arrays [b, ...]; floating ones are stored as `store`, one .npy a
     name. `made_of`: what the arrays depend on, for JSON: data, networks, size, seed. A cache
     already at `path` is opened in place of making one if it was made of the same, and else refused.
+    `skipped`: the examples that are of no use, as `Batches.skipped` of batches without shuffling
+    has them once all were read; the cache knows them, and gives None for them.
     The folder gets its name when it is whole and on disk. `progress(done, count)` after each batch.
     """
     path = Path(path)
@@ -91,6 +100,8 @@ def cache(
         partial.mkdir(parents=True)
         arrays = _write(partial, batches, encode, count, np.dtype(store), progress)
         about = {"version": _VERSION, "count": count, "arrays": arrays, "made_of": wanted}
+        if skipped:
+            about["skipped"] = {str(number): skipped[number] for number in sorted(skipped)}
         with (partial / _ABOUT).open("w") as file:
             json.dump(about, file, indent=1, sort_keys=True)
             _flush(file)
