@@ -45,8 +45,6 @@ class Mine:
         x0 = denoise(x, at.sigma)
         return x0 + at.sigma_next / at.sigma * (x - x0), state
 
-    stochastic = False
-
 
 @pytest.fixture(scope="module")
 def found() -> lab.Comparison:
@@ -166,6 +164,26 @@ def test_a_sampler_that_chooses_its_steps_costs_what_it_asks_of_each_image():
         ]
     assert cells["loose", 60].evaluations < cells["tight", 60].evaluations
     assert cells["loose", 60].error > cells["tight", 60].error
+
+
+def test_a_class_that_is_written_anew_is_counted_anew():
+    """As in a notebook, where a cell is edited: the same name, fields and steps."""
+
+    def mine(times):
+        @sdjax.pytree
+        class Mine:
+            def init(self, x):
+                return ()
+
+            def step(self, denoise, x, at, state, noise):
+                for _ in range(times):
+                    x = denoise(x, at.sigma)
+                return x, state
+
+        return Mine()
+
+    costs = [afforded(meter(lab.gaussian(), mine(n), "karras", 2), 6) for n in (1, 2, 3)]
+    assert costs == [(6, 6), (3, 6), (2, 6)]
 
 
 class Page(HTMLParser):

@@ -11,7 +11,7 @@ from peers import QUICK
 from sdjax.diffusion import noise, sampling, spacings
 from sdjax.diffusion.analytic import Gaussian
 from sdjax.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Euler, EulerAncestral, Heun
-from sdjax.diffusion.trajectories import draws, evaluations, trajectory
+from sdjax.diffusion.trajectories import draws, evaluations, may_draw, trajectory
 from sdjax.errors import InputError
 from sdjax.types import leaves32, pytree
 
@@ -95,6 +95,23 @@ def test_evaluations_of_a_sampler_that_looks_at_its_image():
     start = jnp.asarray([1.5, 9.0]).reshape(2, 1, 1, 1)
     got = evaluations(Careful(), spacings.pad([SIGMAS[-2:]] * 2), lambda x, s: x / 2, start)
     np.testing.assert_array_equal(got, [1, 4])
+
+
+@pytree
+class Stirred:
+    """Says nothing of its noise, which it draws within a cond."""
+
+    def init(self, x):
+        return ()
+
+    def step(self, denoise, x, at, state, noise):
+        draw = lambda x: x + noise(at.sigma, at.sigma_next)  # noqa: E731
+        return jax.lax.cond(jnp.any(at.left > 1), draw, lambda x: denoise(x, at.sigma), x), ()
+
+
+def test_who_does_not_say_whether_it_draws_is_asked_for_a_step():
+    assert may_draw(Stirred()) and draws(Stirred(), (2, 2, 1)) == 1
+    assert not may_draw(Careful()) and draws(Careful(), (2, 2, 1)) == 0
 
 
 def test_draws_are_counted_from_a_trace():

@@ -25,6 +25,9 @@ def run(asked: argparse.Namespace) -> None:
     prompts = read_prompts(asked.prompts) if asked.prompts else []
     if exact and prompts:
         raise InputError(f"--prompts are for a model, and {asked.model} has none: leave them out")
+    for name in ("guidance", "dtype"):
+        if exact and getattr(asked, name) is not None:
+            raise InputError(f"--{name} is for a model, and {asked.model} has none: leave it out")
     own = bundled.is_meant(asked.model)
     if own:
         bundled.folder()

@@ -89,13 +89,15 @@ def draws(sampler: Sampler, shape: tuple[int, ...]) -> int:
 
     Found by tracing one step: draws that are counted inside the program are not seen.
     """
-    if not may_draw(sampler):
-        return 0
-    most = 0
+    return max(_drawn(sampler, shape), default=0) if may_draw(sampler) else 0
+
+
+def _drawn(sampler: Sampler, shape: tuple[int, ...]) -> list[int]:
+    """For each call for noise in one traced step the draws so far; 0 where the program counts."""
+    calls = []
 
     def noise(sigma: Sigma, sigma_next: Sigma, draw: Any = 0) -> Latents:
-        nonlocal most
-        most = max(most, draw + 1 if isinstance(draw, int) else 0)
+        calls.append(draw + 1 if isinstance(draw, int) else 0)
         return jnp.zeros((1, *shape))
 
     def step(x: Latents) -> Latents:
@@ -103,7 +105,7 @@ def draws(sampler: Sampler, shape: tuple[int, ...]) -> int:
         return sampler.step(_nothing, x, at, sampler.init(x), noise)[0]
 
     jax.eval_shape(step, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
-    return most
+    return calls
 
 
 class _Seen(NamedTuple):
@@ -175,8 +177,10 @@ def _count(sampler: Sampler, sigmas: np.ndarray, denoise: Denoiser, x: Latents) 
 
 
 def may_draw(sampler: Sampler) -> bool:
-    """Whether a sampler draws noise; one that does not say may."""
-    stochastic = getattr(sampler, "stochastic", True)
+    """Whether a sampler draws noise: as its `stochastic` says, else as a step of it does."""
+    stochastic = getattr(sampler, "stochastic", None)
+    if stochastic is None:
+        return bool(_drawn(sampler, (8, 8, 4)))
     return isinstance(stochastic, jax.core.Tracer) or bool(np.any(stochastic))
 
 

@@ -17,6 +17,7 @@ from sdjax.lab.problems import Problem
 from sdjax.types import Sampler
 
 _PICTURED = 1500
+_DRAWS = 8
 
 Progress = Callable[[int, int, str], None]
 
@@ -53,7 +54,7 @@ class Comparison(NamedTuple):
     orders: Mapping[tuple[str, str], float]
     """By (sampler, spacing), for solvers of the ODE: see `Problem.order`."""
     chance: float | None
-    """The distance between two sets of draws of the data: no sampler can show less."""
+    """The distance between two sets of draws of the data, in the mean: less says nothing."""
     right: np.ndarray
     """What is right, as a picture."""
 
@@ -75,7 +76,11 @@ class Comparison(NamedTuple):
     def markdown(self) -> str:
         """A table a spacing, its samplers by their error, or else distance, at most evaluations."""
         tables = [_table(self, s) for s in dict.fromkeys(c.spacing for c in self.cells)]
-        chance = "" if self.chance is None else f" Two sets of draws are {self.chance:.2g} apart."
+        chance = (
+            ""
+            if self.chance is None
+            else f" Two sets of draws are {self.chance:.2g} apart, in the mean."
+        )
         head = (
             f"# Samplers on {self.problem}\n\n{self.about}\n{self.samples:,} samples in each cell, "
             "all from the same noise. Error: from what is right for it, as a share of the "
@@ -163,7 +168,7 @@ def compare(
     told(0, total, "what is right")
     right = problem.reference(count)
     truth = problem.truth(count)
-    chance = None if truth is None else sliced_wasserstein(truth, _another(problem, count))
+    chance = None if truth is None else _chance(problem, truth)
     goal = right if truth is None else truth
     cells: list[Cell] = []
     orders: dict[tuple[str, str], float] = {}
@@ -217,7 +222,6 @@ def _any(cells: Iterable[Cell], field: str) -> bool:
     return any(getattr(cell, field) is not None for cell in cells)
 
 
-def _another(problem: Problem, count: int) -> np.ndarray:
-    draws = problem.truth(count, 1)
-    assert draws is not None
-    return draws
+def _chance(problem: Problem, truth: np.ndarray) -> float:
+    others = [problem.truth(len(truth), seed) for seed in range(1, 1 + _DRAWS)]
+    return float(np.mean([sliced_wasserstein(truth, o) for o in others if o is not None]))

@@ -47,7 +47,7 @@ _costs: dict[Any, int] = {}
 
 def _counted(sampler: Sampler, sigmas: np.ndarray) -> int:
     """Evaluations of a schedule; counted once for each sampler, number of steps and kind of end."""
-    asked = repr(sampler), len(sigmas)
+    asked = type(sampler), repr(sampler), len(sigmas)
     sampler, sigmas = fitted(sampler, sigmas)
     key = (asked, len(sigmas), bool(sigmas[-1] == 0))
     if key not in _costs:
