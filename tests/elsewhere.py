@@ -55,6 +55,41 @@ def res_multistep_cfg_pp(guided, negative, x, sigmas, draw, eta=0.0):
     return x
 
 
+def dpmpp_2m_cfg_pp(guided, negative, x, sigmas, draw):
+    """The difference is the guided estimate's, from the negative's of the step before."""
+    old = None
+    for i, (sigma, target) in pairs(sigmas):
+        x0, away = guided(x, sigma), negative(x, sigma)
+        if target == 0:
+            x = x0
+        else:
+            h = math.log(sigma / target)
+            mix = -math.exp(-h) * away
+            if old is not None:
+                r = math.log(sigmas[i - 1] / sigma) / h
+                mix = mix - math.expm1(-h) / (2 * r) * (x0 - old)
+            x = x0 + mix + math.exp(-h) * x
+        old = away
+    return x
+
+
+def dpmpp_2s_ancestral_cfg_pp(guided, negative, x, sigmas, draw, eta=1.0):
+    """What remembers the negative is overwritten by the middle's before the second half."""
+    for i, (sigma, target) in pairs(sigmas):
+        x0, away = guided(x, sigma), negative(x, sigma)
+        down, up = ancestral_levels(sigma, target, eta)
+        if down == 0:
+            x = x0
+        else:
+            middle = math.sqrt(sigma * down)
+            half = middle / sigma * (x + x0 - away) + (1 - middle / sigma) * x0
+            second, away = guided(half, middle), negative(half, middle)
+            x = down / sigma * (x + x0 - away) + (1 - down / sigma) * second
+        if target > 0 and up:
+            x = x + draw(i, sigma, target, 0) * up
+    return x
+
+
 def gradient_estimation_cfg_pp(guided, negative, x, sigmas, draw, gamma=2.0):
     old = None
     for i, (sigma, target) in pairs(sigmas):

@@ -47,8 +47,9 @@ def network(x, timestep):
     return 0.6 * x + 0.3 * x * x / (1 + x * x) + 0.0005 * timestep * x / (1 + x * x)
 
 
-def torch_run(config, steps, x, draws, double=False):
-    """From unit noise (or an image, for an inversion) to the result, by diffusers.
+def torch_run(config, steps, x, draws, double=False, **options):
+    """From unit noise (or an image, for an inversion) to the result, by diffusers; `options` go to
+    its `step`.
 
     `double` makes its arithmetic float64, after its tables of noise levels, which stay the same
     numbers: where its own float32 would lose more than is allowed here.
@@ -72,7 +73,7 @@ def torch_run(config, steps, x, draws, double=False):
     with unittest.mock.patch.multiple(module, create=True, **draw):
         for t in scheduler.timesteps:
             out = network(scheduler.scale_model_input(x, t), t)
-            x = scheduler.step(out, t, x).prev_sample
+            x = scheduler.step(out, t, x, **options).prev_sample
     return x.numpy()
 
 
@@ -90,8 +91,9 @@ def _run(sampler, sigmas, timesteps, prediction, clip, x, draws):
     return sampling.sample(sampler, denoise, x, sigmas, noise.Tape(draws))
 
 
-def gaps(configs, steps, double=False):
-    """Relative distance of where both end, {(name, n): gap}.
+def gaps(configs, steps, double=False, **options):
+    """Relative distance of where both end, {(name, n): gap}; `options` are the sampler's numbers,
+    which diffusers takes at each step.
 
     Runs whose samplers have one structure are images of one batch, with unequal step counts: one
     program for many configs.
@@ -101,7 +103,7 @@ def gaps(configs, steps, double=False):
         for n in steps:
             plan = profiles.diffusers(config, n)
             assert plan.note is None, (name, plan.note)
-            sampler = plan.sampler
+            sampler = dataclasses.replace(plan.sampler, **options)
             if getattr(sampler, "landings", plan) is None:  # said or not, it is the same program
                 sampler = dataclasses.replace(sampler, landings=plan.sigmas[1:])
             plan = plan._replace(sampler=sampler)
@@ -117,7 +119,7 @@ def gaps(configs, steps, double=False):
         fields = (plan.sampler, plan.sigmas, plan.timesteps, prediction, clip.reshape(-1, 1, 1, 1))
         ours = _run(*fields, x * plan.init_scale, draws) * plan.final_scale
         for i, (name, n, _) in enumerate(runs):
-            want = torch_run(configs[name], n, x[i], draws[:, :, i], double)
+            want = torch_run(configs[name], n, x[i], draws[:, :, i], double, **options)
             gap, size = np.abs(np.asarray(ours[i]) - want).max(), np.abs(want).max()
             found[name, n] = float(gap / size if size > 0 else gap)
     return found

@@ -10,7 +10,15 @@ from jax.tree_util import Partial
 from peers import QUICK, nchw, nhwc
 
 from sdjax.diffusion import guidance, methods, names, noise, projection, sampling, spacings
-from sdjax.diffusion.samplers import DDIM, DPMAdaptive, Euler, EulerAncestral, Heun
+from sdjax.diffusion.samplers import (
+    DDIM,
+    PNDM,
+    DPMAdaptive,
+    DPMSolverPP2M,
+    Euler,
+    EulerAncestral,
+    Heun,
+)
 from sdjax.errors import InputError
 from sdjax.types import leaves32
 
@@ -154,6 +162,24 @@ def test_cfg_plus_plus_goes_down_as_far_as_the_sampler():
     for sampler in (EulerAncestral(0.8), DDIM(0.8)):
         got = sampling.sample(sampler, denoise, NOISY, sigmas, noise.Tape(fresh[None]))
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+
+
+def test_cfg_plus_plus_by_name_is_the_samplers_own():
+    """An ancestral sampler's eta; the sampler's own CFG++ form, where it has one."""
+    levels, fresh = np.float32([8.0, 4.0, 2.0]), np.random.default_rng(6).standard_normal
+    tape = noise.Tape(fresh((2, *NOISY.shape)).astype(np.float32))
+    sides = methods.Sides(saying(0, 1), saying(1), levels)
+
+    def by_name(sampler):
+        method = methods.METHODS["cfg_plus_plus"].suited(sampler)
+        return sampling.sample(method.around(sampler), method(sides, 0.6), NOISY, levels, tape)
+
+    denoise = guidance.cfg_plus_plus(saying(0, 1), 0.6, levels, eta=0.8)
+    want = sampling.sample(EulerAncestral(0.8), denoise, NOISY, levels, tape)
+    np.testing.assert_allclose(by_name(EulerAncestral(0.8)), want, rtol=1e-6)
+    plain = guidance.cfg(saying(0, 1), 0.6)
+    want = sampling.sample(DPMSolverPP2M(plus_plus=True), plain, NOISY, levels)
+    np.testing.assert_allclose(by_name(DPMSolverPP2M()), want, rtol=1e-6)
 
 
 def test_composed_prompts_add_up():
@@ -409,6 +435,21 @@ def test_unknown_predictions_and_denoisers_are_refused():
 
 
 LEVELS = np.array([8.0, 4.0, 2.0, 0.0], np.float32)
+
+
+def test_apg_goes_with_plms_which_estimates_in_a_loop():
+    """Without momentum it is PLMS along APG's estimates; with it, another run."""
+
+    def run(momentum):
+        method = methods.AdaptiveProjected(norm=50.0, momentum=momentum)
+        sampler = leaves32(method.around(PNDM()))
+        return quick(sampling.sample)(sampler, method(saying(0, 1), 4.0), NOISY, LEVELS)
+
+    want = quick(sampling.sample)(
+        PNDM(), projection.apg(saying(0, 1), 4.0, norm=50.0), NOISY, LEVELS
+    )
+    np.testing.assert_allclose(run(0.0), want, rtol=1e-5, atol=1e-5)
+    assert np.abs(run(-0.5) - want).max() > 1e-3
 
 
 def test_methods_for_tasks_know_the_run_and_the_prompts_own_network():

@@ -16,6 +16,7 @@ from sdjax.diffusion.analytic import Gaussian
 from sdjax.diffusion.samplers import (
     DDIM,
     DDPM,
+    TCD,
     DPMAdaptive,
     DPMFast,
     DPMSolverPP2M,
@@ -126,6 +127,15 @@ def test_no_eta_needs_no_noise():
         np.testing.assert_array_equal(x, drawn, kind.__name__)
         with pytest.raises(InputError, match="draws noise"):
             sampling.sample(kind(eta=0.5), never, START, SIGMAS)
+
+
+def test_tcd_without_gamma_is_euler_and_needs_no_noise():
+    with jax.disable_jit():
+        got, want = (
+            sampling.sample(leaves32(sampler), MIXTURE, START * 10, SIGMAS, None)
+            for sampler in (TCD(gamma=0), Euler())
+        )
+    np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 10, 20, 30, 31])

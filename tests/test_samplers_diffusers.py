@@ -213,6 +213,24 @@ def test_trajectories_end_where_diffusers_ends(cls):
         assert gap <= (2e-4 if n <= 3 else 2e-5), (name, n, gap)
 
 
+@pytest.mark.parametrize("eta", [0.4, 1.0])
+def test_ddim_with_eta_ends_where_diffusers_ends(eta):
+    """Between leading and trailing timesteps, with both last alphas."""
+    configs = {
+        f"{spacing}-{last}": {
+            "_class_name": "DDIMScheduler",
+            **SD,
+            "clip_sample": False,
+            "timestep_spacing": spacing,
+            "set_alpha_to_one": last,
+        }
+        for spacing in ("leading", "trailing")
+        for last in (False, True)
+    }
+    for (name, n), gap in scheduler_peers.gaps(configs, (2, 10), eta=eta).items():
+        assert gap <= (2e-4 if n <= 3 else 2e-5), (name, n, gap)
+
+
 @pytest.mark.parametrize("cls", CONFIGS)
 def test_timesteps_and_sigmas_are_diffusers(cls):
     for name, n in itertools.product(CONFIGS[cls], (*STEPS, 50)):
@@ -287,7 +305,8 @@ def test_a_sampler_by_name_takes_the_levels_of_its_class(name):
         model = dataclasses.replace(model, scheduler=scheduler, schedule=schedule)
         plan = choose(model, 10, name)
         assert type(plan.sampler) is profiles.SAMPLERS[name] and plan.note is None
-        steps = 4 if name == "dpm_fast" else 10  # for ten evaluations
+        # For ten evaluations; and to the lowest level, then to 0.
+        steps = {"dpm_fast": 4, "dpm_adaptive": 2}.get(name, 10)
         assert len(plan.timesteps) == steps and len(plan.sigmas) == steps + 1
         if name == "lcm":
             assert plan.sampler.skips.shape == (10,) and plan.sigmas[-1] == 0

@@ -30,6 +30,7 @@ from sdjax.diffusion.samplers import (
     SEEDS2,
     SEEDS3,
     DPMSolverPP2M,
+    DPMSolverPP2SAncestral,
     ExpHeun,
     GradientEstimation,
     HeunPP2,
@@ -38,7 +39,7 @@ from sdjax.diffusion.samplers import (
 )
 from sdjax.diffusion.schedules import Schedule
 from sdjax.errors import InputError
-from sdjax.types import leaves32
+from sdjax.types import Step, leaves32
 
 NOISY = [{}, {"eta": 0.6, "s_noise": 1.02}, {"eta": 0.0}, {"eta": 1.3}]
 CASES = [
@@ -72,6 +73,11 @@ def both_sides(x, sigma):
         *(
             (GradientEstimation, elsewhere.gradient_estimation_cfg_pp, o)
             for o in ({}, {"gamma": 3})
+        ),
+        (DPMSolverPP2M, elsewhere.dpmpp_2m_cfg_pp, {}),
+        *(
+            (DPMSolverPP2SAncestral, elsewhere.dpmpp_2s_ancestral_cfg_pp, {"eta": eta})
+            for eta in (0.0, 1.0)
         ),
     ],
     ids=label,
@@ -111,11 +117,11 @@ CHURN = {"s_churn": 2.0, "s_tmin": 0.3, "s_tmax": 6.0, "s_noise": 1.01}
 
 @pytest.mark.parametrize("churn", [{}, CHURN], ids=label)
 def test_heunpp2_and_its_cost_are_comfyuis(churn):
-    """It looks ahead in levels that it is given: six steps to 0, three above it, two, and one."""
+    """It looks ahead in the run's levels: six steps to 0, three above it, two, and one."""
     for sigmas in (SIGMAS, SIGMAS[:4], SIGMAS[[0, 2, -1]], SIGMAS[[0, -1]]):
         theirs, ours = k_diffusion.Mixture(), Counted()
         want = elsewhere.heunpp2(theirs, 10.0 * START, sigmas, recorded, **churn)
-        sampler = HeunPP2(sigmas, **churn)
+        sampler = HeunPP2(**churn)
         got = plain(sampler, 10 * START, sigmas, denoise=ours)[-1].x
         assert relative_error(got, want) <= (2e-5 if len(sigmas) > 3 else 1e-3)
         assert ours.calls == theirs.calls
@@ -207,12 +213,13 @@ def test_the_two_step_exponential_solver_is_dpm_solver_2m_with_phi_weights():
 
 
 def test_unknown_options_are_refused():
+    x, at = jnp.asarray(START), Step(*map(jnp.int32, (0, 1)), *map(jnp.float32, (2, 1)))
     for make, said in (
         (lambda: SEEDS2("phi_3"), "solver"),
         (lambda: ExpHeun("heun"), "solver"),
         (lambda: ERSDE(4), "order"),
         (lambda: ERSDE(scale="vp"), "scale"),
-        (lambda: plain(HeunPP2(), START, SIGMAS[:2]), "levels"),
+        (lambda: HeunPP2().step(MIXTURE, x, at, (), recorded), "levels"),
         (lambda: Restart.schedule(SIGMAS[:3]), "falling to 0"),
         (lambda: Restart.schedule(SIGMAS, {0.1: (1, 1, 2.0)}), "levels"),
     ):

@@ -3,15 +3,17 @@
 `text_to_image(guidance=)` hands them a `Sides`. A method may be a module-level function, a
 `jax.tree_util.Partial` of one (`Partial(projection.apg, norm=10.0)`), or any callable pytree.
 Numbers among its arguments are leaves, so that new ones never recompile, and may be one an image,
-[b, 1, 1, 1]; names, flags and functions belong to the program. Three attributes are optional:
+[b, 1, 1, 1]; names, flags and functions belong to the program. Four attributes are optional:
 
 - `limits`: the least and the greatest scale.
 - `sides`: how many estimates an image it needs of the network: 2, the negative and the prompt, or
   3, the empty prompt before them.
+- `suited(sampler)`: the method for this sampler, as `CFGPlusPlus` takes its eta from it.
 - `around(sampler)`: the sampler that keeps its memory from step to step, as `Momentum` does. It has
   the image's own noise too.
 """
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -76,15 +78,34 @@ def scheduled(denoise: Sides, guidance_scale: ArrayLike, weights: ArrayLike) -> 
 
 @pytree
 class CFGPlusPlus:
-    """`guidance.cfg_plus_plus` on the levels of the run: the scale is from 0 to 1, `eta` the
-    sampler's.
+    """`guidance.cfg_plus_plus` on the levels of the run: the scale is from 0 to 1.
+
+    `eta` None is the sampler's own, if it has one: where ancestral samplers land before they add
+    noise. A sampler with a CFG++ form of its own (`plus_plus`) takes that, ComfyUI's
+    `res_multistep_cfg_pp` and its like.
     """
 
-    eta: ArrayLike = 0.0
+    eta: ArrayLike | None = None
+    stepped: bool = static(default=False)  # the sampler does it
     limits: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     def __call__(self, denoise: Sides, guidance_scale: ArrayLike) -> Denoiser:
-        return cfg_plus_plus(denoise, guidance_scale, denoise.sigmas, eta=self.eta)
+        if self.stepped:
+            return cfg(denoise, guidance_scale)
+        eta = 0.0 if self.eta is None else self.eta
+        return cfg_plus_plus(denoise, guidance_scale, denoise.sigmas, eta=eta)
+
+    def suited(self, sampler: Sampler) -> "CFGPlusPlus":
+        """The same, for this sampler."""
+        if hasattr(sampler, "plus_plus"):
+            return CFGPlusPlus(self.eta, stepped=True)
+        return CFGPlusPlus(getattr(sampler, "eta", 0.0)) if self.eta is None else self
+
+    def around(self, sampler: Sampler) -> Sampler:
+        """The sampler, in its CFG++ form if it has one."""
+        if hasattr(sampler, "plus_plus"):
+            return dataclasses.replace(sampler, plus_plus=True)  # type: ignore[type-var]
+        return sampler
 
 
 @pytree
@@ -103,6 +124,8 @@ class AdaptiveProjected:
 
     def around(self, sampler: Sampler) -> Sampler:
         """The sampler, with the average of the differences."""
+        if hasattr(sampler, "unrolled"):
+            sampler = dataclasses.replace(sampler, unrolled=True)  # type: ignore[type-var]
         return Momentum(sampler, self.momentum)
 
 

@@ -105,6 +105,7 @@ def text_to_image(
     unguided = methods.is_cfg(method) and all(scale == 1 for scale in asked.guidance_scales)
     sides = 1 if unguided else getattr(method, "sides", 2)
     shape = settings.latent_shape(model, asked.height, asked.width)
+    method = method.suited(chosen.sampler) if hasattr(method, "suited") else method
     sampler = method.around(chosen.sampler) if hasattr(method, "around") else chosen.sampler
     solver = parallel.Parts.of(leaves32(sampler), functools.partial(_image_axis, size))
     guide = parallel.Parts.of(leaves32(method), functools.partial(_image_axis, size))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from sdjax.diffusion.sampling import pick
-from sdjax.diffusion.stochastic import root
+from sdjax.diffusion.stochastic import renoise, root
 from sdjax.types import Denoiser, Latents, State, Step, StepNoise, pytree
 
 
@@ -74,7 +74,7 @@ class TCD:
             down = pick(jnp.asarray(self.levels, x.dtype), at.index)
         up = root(at.sigma_next**2 - down**2)
         x = x0 + down / at.sigma * (x - x0)
-        return x + up * noise(at.sigma, at.sigma_next), state
+        return renoise(x, up, lambda: noise(at.sigma, at.sigma_next)), state
 
 
 @pytree

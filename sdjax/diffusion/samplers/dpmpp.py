@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from sdjax.diffusion.guidance import with_negative
 from sdjax.errors import InputError
 from sdjax.types import Denoiser, Latents, Sigma, State, Step, StepNoise, pytree, static
 
@@ -11,7 +12,7 @@ from sdjax.types import Denoiser, Latents, Sigma, State, Step, StepNoise, pytree
 class Memory(NamedTuple):
     """The step before."""
 
-    x0: Latents
+    x0: Latents  # with `plus_plus` the negative's
     h: Sigma  # its length in log sigma, [b, 1, 1, 1]
 
 
@@ -28,10 +29,16 @@ class DPMSolverPP2M:
     `first_order_at_end`: a last step that does not end at 0 is "never" first order, "always", or
     only in "short" schedules of fewer than 15 steps: diffusers' euler_at_final and
     lower_order_final.
+
+    `plus_plus` is ComfyUI's `dpmpp_2m_cfg_pp`, after CFG++ (Chung et al., 2406.08070): the denoiser
+    is `guidance.cfg`'s, the step leaves its estimate along the negative's direction, and the
+    difference is counted from the negative's estimate of the step before. The guidance scale is
+    CFG++'s strength, 0 to 1 in the paper.
     """
 
     solver: str = static(default="midpoint")
     first_order_at_end: str = static(default="never")
+    plus_plus: bool = static(default=False)
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -53,7 +60,10 @@ class DPMSolverPP2M:
     def step(
         self, denoise: Denoiser, x: Latents, at: Step, state: State, noise: StepNoise
     ) -> tuple[Latents, State]:
-        x0 = denoise(x, at.sigma)
+        if self.plus_plus:
+            x0, negative = with_negative(denoise, x, at.sigma)
+        else:
+            x0 = negative = denoise(x, at.sigma)
         ratio = at.sigma_next / at.sigma
         ends = at.sigma_next == 0
         h = -jnp.log(jnp.where(ends, 0.5, ratio))
@@ -63,8 +73,8 @@ class DPMSolverPP2M:
         else:
             weight = 1 + jnp.expm1(-h) / h
         first = (at.index == 0) | ends | self._last(at)
-        x = x0 + ratio * (x - x0) + jnp.where(first, 0.0, weight * change)
-        return x, Memory(x0, jnp.broadcast_to(h, state.h.shape))
+        x = x0 + ratio * (x - negative) + jnp.where(first, 0.0, weight * change)
+        return x, Memory(negative, jnp.broadcast_to(h, state.h.shape))
 
     def _last(self, at: Step) -> jnp.ndarray:
         if self.first_order_at_end == "never":

@@ -29,7 +29,7 @@ class HeunPP2:
     is Euler's even where it does not end at 0. Churn is as in `Euler`.
 
     `levels` are the run's own sigmas, [n + 1] or [n + 1, b, 1, 1, 1]: the method looks two levels
-    ahead, and weighs by the first. Profiles and tasks fill them in; who calls `sample` gives them.
+    ahead, and weighs by the first. None are those of the run it is in.
     """
 
     levels: Any = None
@@ -44,6 +44,10 @@ class HeunPP2:
     def stochastic(self) -> ArrayLike:
         return self.s_churn
 
+    def during(self, sigmas: Any) -> "HeunPP2":
+        """This sampler in a run along `sigmas`."""
+        return self if self.levels is not None else dataclasses.replace(self, levels=sigmas)
+
     def plan(self, sigmas: Levels) -> tuple["HeunPP2", Levels]:
         """This sampler for a run, and the levels of the run: the same."""
         return dataclasses.replace(self, levels=sigmas), sigmas
@@ -55,7 +59,9 @@ class HeunPP2:
         self, denoise: Denoiser, x: Latents, at: Step, state: State, noise: StepNoise
     ) -> tuple[Latents, State]:
         if self.levels is None:
-            raise InputError("HeunPP2 looks ahead in the run's levels: pass HeunPP2(sigmas)")
+            raise InputError(
+                "HeunPP2 looks ahead in the run's levels: a step alone needs HeunPP2(sigmas)"
+            )
         x, sigma = churn(x, at, noise, self.s_churn, self.s_tmin, self.s_tmax, self.s_noise)
         levels = jnp.asarray(self.levels, x.dtype)
         slope = (x - denoise(x, sigma)) / sigma

@@ -37,6 +37,9 @@ class PNDM:
     turns the sum into noise, instead of summing noises. `landings` are as in `DDIM`. `departure` is
     the level that the second go at PLMS's first step leaves from, `halves` [2, n] the levels that a
     Runge-Kutta step's middle is moved to, and is taken to be at; None is right.
+
+    `unrolled` asks for a step's first estimate outside of any loop, for who watches it
+    (`Momentum`); the program then holds the network twice.
     """
 
     runge_kutta: bool = static(default=False)
@@ -44,6 +47,7 @@ class PNDM:
     landings: ArrayLike | None = None
     departure: ArrayLike | None = None
     halves: tuple[ArrayLike, ArrayLike] | None = None
+    unrolled: bool = static(default=False)
 
     planned: ClassVar[tuple[str, ...]] = ("landings", "departure", "halves")
 
@@ -88,7 +92,8 @@ class PNDM:
     ) -> tuple[Latents, Float[Array, "stages b h w c"]]:
         """The value at x and, in a step of the start, those of its further stages.
 
-        One scan, so that the program holds the network once however many stages there are.
+        One scan, so that the program holds the network once however many stages there are; or, if
+        `unrolled`, the first stage before it.
         """
         safe = jnp.where(at.sigma_next > 0, at.sigma_next, at.sigma)
         stages = [(at.sigma, at.sigma)]  # where the latest value leads, the level it is taken for
@@ -115,6 +120,9 @@ class PNDM:
             value = jax.lax.cond(wanted, evaluate, lambda value, *_: value, value, to, level)
             return value, value
 
+        if self.unrolled:
+            value = evaluate(jnp.zeros_like(x), *(row[0] for row in table))
+            return value, jax.lax.scan(stage, value, (wanted[1:], *(row[1:] for row in table)))[1]
         values = jax.lax.scan(stage, jnp.zeros_like(x), (wanted, *table))[1]
         return values[0], values[1:]
 
