@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Float, Int
 
+from sdjax.diffusion.plan import Plan
 from sdjax.diffusion.schedules import Schedule, planned_timestep, to_x0
+from sdjax.errors import InputError
 from sdjax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from sdjax.models.unet import UNet
 from sdjax.models.vae import AutoencoderKL
@@ -135,23 +137,32 @@ def denoiser(
     time_ids: Float[Array, "b n"] | None = None,
     class_labels: Int[Array, " b"] | None = None,
     concat: Float[Array, "b h w k"] | None = None,
-    timesteps: tuple[Array, Array] | None = None,
+    timesteps: Plan | tuple[Array, Array] | None = None,
 ) -> Denoiser:
     """E[x0 | x] by the model's UNet: (x, sigma) -> x0 in float32.
 
     `context` is what `project` returns, or text states [b, s, d]. `pooled` and `time_ids` are
     SDXL's added conditions, `class_labels` the x4 upscaler's noise level, `concat` the channels
     that inpainting and upscaling put beside the latents (mask and masked image; small image).
-    `timesteps` is a plan's pair (sigmas, timesteps): at exactly these noise levels the network sees
-    exactly these timesteps, elsewhere the schedule's own (`schedules.planned_timestep`).
+    `timesteps` is a `Plan`, or its pair (sigmas, timesteps): at exactly these noise levels the
+    network sees exactly these timesteps, elsewhere the schedule's own
+    (`schedules.planned_timestep`).
 
     The network computes in bfloat16 if its params are bfloat16, else in float32; this is the only
     border at which anything is cast.
     """
     if not isinstance(context, dict):
         context = project(model, params, context)
+    at: Any = timesteps
+    if isinstance(timesteps, Plan):
+        at = timesteps.sigmas, timesteps.timesteps
+    elif timesteps is not None and not (isinstance(timesteps, tuple) and len(timesteps) == 2):
+        raise InputError(
+            "timesteps must be a plan, or its pair (plan.sigmas, plan.timesteps): timesteps alone "
+            "do not say at which noise levels they stand"
+        )
     extras = dict(added_text=pooled, added_time_ids=time_ids, class_labels=class_labels)
-    return Partial(_denoise, _Static(model), params["unet"], context, extras, concat, timesteps)
+    return Partial(_denoise, _Static(model), params["unet"], context, extras, concat, at)
 
 
 def _denoise(

@@ -50,3 +50,16 @@ def test_importing_sdjax_imports_no_torch():
 
 def test_the_package_itself_waits_with_jax_until_a_name_is_used():
     assert "jax" not in modules_after("import sdjax, sdjax.cli")
+
+
+def test_modules_of_the_mathematics_come_when_named():
+    program = (
+        "import sdjax; config = dict(_class_name='DDIMScheduler'); "
+        "print(len(sdjax.diffusion.profiles.diffusers(config, 5).timesteps), "
+        "sdjax.diffusion.guidance.apg.__name__, 'samplers' in dir(sdjax.diffusion), "
+        "hasattr(sdjax.diffusion, 'nothing'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["5", "apg", "True", "False"]

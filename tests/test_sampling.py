@@ -141,6 +141,11 @@ def test_bad_arguments_are_refused():
             sampling.sample(Euler(), DATA, X, bad)
     with pytest.raises(InputError, match="finite"):
         sampling.sample(Euler(), DATA, X, np.array([np.nan, 0.0]))
+    for bad, said in (([9.0, 4, 4, 1, 0], "repeat"), ([0.0, 1, 4], "from 0"), ([9.0, 0, 1], "0")):
+        with pytest.raises(InputError, match=said):
+            sampling.sample(Euler(), DATA, X, np.array(bad))
+    for fine in ([9.0, 4, 1, 0, 0, 0], [9.0, 4, 4], [1.0, 4, 9], [9.0, 1, 4, 0]):
+        assert np.isfinite(sampling.sample(Euler(), DATA, X, np.array(fine))).all()
     with pytest.raises(InputError, match="one an image"):
         sampling.sample(Euler(), DATA, X, SIGMAS, noise.keys([1]))
 

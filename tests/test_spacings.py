@@ -1,5 +1,7 @@
 """Spacings against their formulas, the programs' loops and diffusers."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
@@ -19,6 +21,18 @@ def test_exponential_is_even_in_the_logarithm():
     sigmas = spacings.exponential(8, 0.03, 14.6, final=0.01)
     np.testing.assert_allclose([sigmas[0], sigmas[-2], sigmas[-1]], [14.6, 0.03, 0.01])
     np.testing.assert_allclose(np.diff(np.log(sigmas[:-1]), n=2), 0, atol=1e-12)
+
+
+@pytest.mark.parametrize("spacing", [spacings.karras, spacings.polyexponential])
+def test_rho_is_a_number_that_jax_can_map_and_differentiate(spacing):
+    rhos = np.float32([0.7, 3.0, 7.0])
+    table = jax.vmap(lambda rho: spacing(6, 0.03, 14.6, rho))(rhos)
+    np.testing.assert_allclose(
+        table, [spacing(6, 0.03, 14.6, float(r)) for r in rhos], rtol=2e-5, atol=1e-5
+    )
+    slope = jax.jacfwd(lambda rho: spacing(6, 0.03, 14.6, rho))(jnp.float32(7.0))
+    ends = [spacing(6, 0.03, 14.6, r) for r in (6.99, 7.01)]
+    np.testing.assert_allclose(slope, (ends[1] - ends[0]) / 0.02, rtol=1e-3, atol=1e-5)
 
 
 def test_timestep_spacings_are_table_2_of_lin_et_al():

@@ -166,10 +166,12 @@ def test_the_upscaler_composes_from_denoiser_and_sample(tiny):
             sdjax.encode_text(model, params, ids).context,
             class_labels=np.array([level, level]),
             concat=np.concatenate([noisy, noisy]),
-            timesteps=(plan.sigmas, plan.timesteps),
+            timesteps=plan,
         ),
         9.0,
     )
+    with pytest.raises(sdjax.InputError, match="a plan, or its pair"):
+        sdjax.denoiser(model, params, {}, timesteps=plan.timesteps)
     sigmas = np.float32(plan.sigmas)
     x = sdjax.sample(plan.sampler, denoise, start * np.float32(plan.init_scale), sigmas)
 

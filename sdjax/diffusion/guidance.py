@@ -20,6 +20,18 @@ from sdjax.diffusion.stochastic import ancestral
 from sdjax.errors import InputError
 from sdjax.types import Array, Denoiser, Latents, Sigma, pytree
 
+_CURVED = ("apg", "perp_neg", "rescale", "tangential", "zero_star")
+
+
+def __getattr__(name: str) -> Any:
+    """`projection`'s methods are guidance too, and it stands on this module."""
+    if name not in _CURVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sdjax.diffusion import projection
+
+    return getattr(projection, name)
+
+
 Scale = ArrayLike | Callable[[Sigma], Any]
 """A number, one an image ([b] or [b, 1, 1, 1]), or a function of sigma such as `PerStep`."""
 

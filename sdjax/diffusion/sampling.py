@@ -87,6 +87,8 @@ def scan(
     sigmas = jnp.asarray(sigmas, x.dtype)
     total = sigmas.shape[0] - 1
     length = total if length is None else length
+    if hasattr(sampler, "during"):
+        sampler = sampler.during(sigmas)
     source = _noise(sampler, noise, x)
     if isinstance(source, Tape):
         source.check(total, x.shape)
@@ -190,5 +192,15 @@ def _check(x: Latents, sigmas: Sigmas) -> None:
             f"sigmas must be [n+1] or [n+1, {x.shape[0]}, 1, 1, 1] with n of at least 1, "
             f"got {list(shape)}"
         )
-    if isinstance(sigmas, np.ndarray) and not (np.isfinite(sigmas).all() and (sigmas >= 0).all()):
+    if not isinstance(sigmas, np.ndarray):
+        return
+    if not (np.isfinite(sigmas).all() and (sigmas >= 0).all()):
         raise InputError("sigmas must be finite and not negative")
+    moves = sigmas[1:] != sigmas[:-1]
+    if (moves[1:] & ~moves[:-1]).any():
+        raise InputError(
+            "sigmas must not repeat a level before their end: a repeated level ends the run, so "
+            "give each once (spacings.pad repeats the last)"
+        )
+    if ((sigmas[:-1] == 0) & moves).any():
+        raise InputError("sigmas must be above 0 but at their end: there is no step from 0")

@@ -5,7 +5,10 @@ docstring says whose is here, and how to have the other.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sdjax.diffusion.schedules import Schedule
@@ -13,6 +16,7 @@ from sdjax.errors import InputError
 
 Levels = np.ndarray
 """Float64 [n] or [n+1], falling."""
+Number = float | jax.Array
 
 AYS = {
     "sd1": (14.6146412293, 6.4745760956, 3.8636745985, 2.6946151520, 1.8841921177)
@@ -25,13 +29,16 @@ AYS = {
 
 
 def karras(
-    n: int, sigma_min: float, sigma_max: float, rho: float = 7.0, final: float = 0.0
-) -> Levels:
-    """Sigmas [n+1] even in sigma^(1/rho), then `final`: Karras et al. (2206.00364), eq. 5."""
+    n: int, sigma_min: Number, sigma_max: Number, rho: Number = 7.0, final: Number = 0.0
+) -> Any:
+    """Sigmas [n+1] even in sigma^(1/rho), then `final`: Karras et al. (2206.00364), eq. 5.
+
+    Numbers that jax traces give jax's arrays: `vmap` and gradients over `rho`, say.
+    """
     _check(n)
     ramp = np.linspace(0, 1, n)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return np.append((high + ramp * (low - high)) ** rho, final)
+    return _then((high + ramp * (low - high)) ** rho, final)
 
 
 def exponential(n: int, sigma_min: float, sigma_max: float, final: float = 0.0) -> Levels:
@@ -43,15 +50,15 @@ def exponential(n: int, sigma_min: float, sigma_max: float, final: float = 0.0) 
 
 
 def polyexponential(
-    n: int, sigma_min: float, sigma_max: float, rho: float = 1.0, final: float = 0.0
-) -> Levels:
+    n: int, sigma_min: Number, sigma_max: Number, rho: Number = 1.0, final: Number = 0.0
+) -> Any:
     """Sigmas [n+1] even in (log sigma)^(1/rho), scaled to its range, then `final`: k-diffusion's.
 
     `rho` 1 is `exponential`; above 1 the low levels are closer together.
     """
     _check(n)
-    low, high = np.log(sigma_min), np.log(sigma_max)
-    return np.append(np.exp(np.linspace(1, 0, n) ** rho * (high - low) + low), final)
+    ramp = np.linspace(1, 0, n) ** rho
+    return _then(sigma_min * (sigma_max / sigma_min) ** ramp, final)
 
 
 def lu(n: int, sigma_min: float, sigma_max: float, final: float = 0.0) -> Levels:
@@ -321,6 +328,12 @@ def _beta_quantile(share: np.ndarray, alpha: float, beta: float) -> np.ndarray:
     from scipy.special import betaincinv  # slow to import, and rarely wanted
 
     return np.asarray(betaincinv(alpha, beta, share))
+
+
+def _then(above: Any, final: Any) -> Any:
+    """The last level after the others, in jax where a number is traced: `vmap` over rho."""
+    traced = not isinstance(above, np.ndarray)
+    return jnp.append(above, final) if traced else np.append(above, final)
 
 
 def _check(n: int) -> None:
