@@ -244,6 +244,21 @@ def test_stable_diffusions_own_config_is_plms():
     assert plan.sigmas[-1] > 0 and plan.final_scale < 1
 
 
+def test_plms_of_unequal_steps_is_one_batch_that_ends_where_diffusers_ends():
+    """In the spacings where its second go leaves from a level of its own for some counts only."""
+    shared = {"_class_name": "PNDMScheduler", **SD, "skip_prk_steps": True}
+    configs = [shared | {"timestep_spacing": name} for name in ("trailing", "linspace")]
+    runs = [(config, steps) for config in configs for steps in (1, 7, 20)]
+    plan = batch([profiles.diffusers(*run) for run in runs])
+    x = np.random.default_rng(0).standard_normal((len(runs), *SHAPE), np.float32)
+    fields = leaves32((plan.sampler, plan.sigmas, plan.timesteps))
+    draws = np.zeros((20, *x.shape), np.float32)  # it takes none
+    ours = _run(Schedule(), *fields, None, None, x * plan.init_scale, draws) * plan.final_scale
+    for i, run in enumerate(runs):
+        theirs = _torch_run(*run, x[i], [])
+        assert np.abs(ours[i] - theirs).max() / np.abs(theirs).max() <= 2e-5, run
+
+
 def test_what_is_left_out_is_said():
     plan = profiles.diffusers({**_config("ddpm"), "variance_type": "learned"}, 10)
     assert plan.note == "variance_type learned needs a variance that the network does not tell"

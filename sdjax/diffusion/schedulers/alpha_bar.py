@@ -119,9 +119,11 @@ def pndm(config: Config, n: int, schedule: Schedule, notes: list[str]) -> Plan:
         aims, middles = t - half, np.append(t[1:] + half, t[-1])
         aims[3:], middles[3:] = t[3:], t[3:]
         halves = (table[aims.astype(int)], table[middles.astype(int)])
-    elif n > 1 and t[1] + down != t[0]:
-        within(t[1:2] + down, schedule)
-        departure = float(table[int(t[1]) + down])
+    elif spacing_of(config, "leading") != "leading":
+        # A number for every n: plans of one batch must agree on having one.
+        left = t[1:2] + down if n > 1 else t
+        within(left, schedule)
+        departure = float(table[int(left[0])])
     sampler = PNDM(
         runge_kutta,
         schedule.prediction,
