@@ -1,20 +1,28 @@
 """Discretisations and whole trajectories against torch diffusers' schedulers."""
 
 import collections
+import dataclasses
 import functools
+import inspect
+import itertools
+import json
 import unittest.mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from scheduler_peers import FAST
 
+import sdjax
 from sdjax.diffusion import noise, profiles, sampling
 from sdjax.diffusion.plan import batch, bounded
 from sdjax.diffusion.samplers import DDIM, PNDM, EulerAncestral
 from sdjax.diffusion.schedules import Schedule, planned_timestep, to_x0
 from sdjax.errors import InputError
+from sdjax.model import FrozenConfig
+from sdjax.tasks.plan import choose
 from sdjax.types import leaves32
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -257,6 +265,68 @@ def test_plms_of_unequal_steps_is_one_batch_that_ends_where_diffusers_ends():
     for i, run in enumerate(runs):
         theirs = _torch_run(*run, x[i], [])
         assert np.abs(ours[i] - theirs).max() / np.abs(theirs).max() <= 2e-5, run
+
+
+PIPELINES = {
+    "StableDiffusionPipeline": ("sd1", "sd2-base", "sd2"),
+    "StableDiffusionInpaintPipeline": ("sd1-inpaint", "sd2-inpaint"),
+    "StableDiffusionXLPipeline": ("sdxl",),
+    "StableDiffusionXLInpaintPipeline": ("sdxl-inpaint",),
+    "StableDiffusionXLImg2ImgPipeline": ("sdxl-refiner",),
+    "StableDiffusionUpscalePipeline": ("x4-upscaler",),
+}
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_model_has_the_scheduler_that_its_pipeline_makes_of_the_config(pipeline):
+    """Pipelines of Stable Diffusion 1 and 2 put keys into the config, those of XL do not."""
+    diffusers = pytest.importorskip("diffusers")
+    cls = getattr(diffusers, pipeline)
+    takes = inspect.signature(cls.__init__).parameters
+    parts = {p.name: None for p in takes.values() if p.default is p.empty and p.name != "self"}
+    parts |= {name: False for name in ("requires_safety_checker",) if name in takes}
+    model, _ = tiny.sd1()
+    said = {"steps_offset": 0}
+    for family, config in itertools.product(
+        PIPELINES[pipeline],
+        (
+            {"_class_name": "DDIMScheduler"},
+            {"_class_name": "DDIMScheduler", **said, "clip_sample": True},
+            {"_class_name": "PNDMScheduler"},
+            {"_class_name": "PNDMScheduler", **said, "skip_prk_steps": False},
+        ),
+    ):
+        case, config = (family, config), config | SD
+        theirs = cls(**parts | {"scheduler": _theirs(config)}).scheduler
+        theirs.set_timesteps(10)
+        mine = dataclasses.replace(
+            model, family=family, scheduler=FrozenConfig.of(config), schedule=Schedule()
+        )
+        plan = choose(mine, 10)
+        assert plan.timesteps[0] == theirs.timesteps[0], case
+        if "skip_prk_steps" in theirs.config:
+            assert plan.sampler.runge_kutta is not theirs.config.skip_prk_steps, case
+        else:
+            np.testing.assert_array_equal(plan.timesteps, theirs.timesteps)
+            assert (plan.sampler.clip is not None) is theirs.config.clip_sample, case
+        named = diffusers.DDIMScheduler.from_config(theirs.config)
+        named.set_timesteps(10)
+        np.testing.assert_array_equal(choose(mine, 10, "ddim").timesteps, named.timesteps)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_folder_without_offset_and_clipping_is_sampled_as_its_pipeline_does(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    tiny.save_sd1(tmp_path / "model")
+    path = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({"_class_name": "DDIMScheduler", **SD}))
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "model").scheduler
+    theirs.set_timesteps(7)
+    plan = choose(sdjax.load(tmp_path / "model")[0], 7)
+    np.testing.assert_array_equal(plan.timesteps, theirs.timesteps)
+    assert theirs.timesteps[-1] == 1 and theirs.config.clip_sample is False
+    assert plan.sampler.clip is None
 
 
 def test_what_is_left_out_is_said():

@@ -53,6 +53,17 @@ _PROFILES: dict[type, str] = {
 _SOLVERS = ("algorithm_type", "solver_type", "solver_order", "disable_corrector", "solver_p")
 """Keys that mean something else, or nothing, to another class."""
 
+_TEXT = {"steps_offset": 1, "clip_sample": False}
+_INPAINT = {"steps_offset": 1, "skip_prk_steps": True}
+_FORCED: dict[str, dict[str, Any]] = {
+    "sd1": _TEXT,
+    "sd2-base": _TEXT,
+    "sd2": _TEXT,
+    "sd1-inpaint": _INPAINT,
+    "sd2-inpaint": _INPAINT,
+}
+"""By family, what diffusers 0.42.1's pipelines put into their scheduler's config as they load."""
+
 
 def choose(
     model: Model,
@@ -62,9 +73,10 @@ def choose(
 ) -> Plan:
     """The plan for one image.
 
-    Nothing given: what the model's scheduler_config.json says. A sampler alone: the noise levels
-    that diffusers gives that sampler from the same config, and Euler's for a sampler that it does
-    not know. A spacing: sigmas by its name, down to 0. A plan: itself.
+    Nothing given: what the model's scheduler_config.json says, as diffusers' pipeline of the
+    model's family has it. A sampler alone: the noise levels that diffusers gives that sampler from
+    the same config, and Euler's for a sampler that it does not know. A spacing: sigmas by its name,
+    down to 0. A plan: itself.
     """
     if isinstance(sampler, Plan):
         if spacing is not None or np.ndim(sampler.sigmas) != 1:
@@ -73,8 +85,9 @@ def choose(
                 "profile made it, and leave spacing out"
             )
         return sampler
+    config, forced = model.scheduler.dict(), _FORCED.get(model.family, {})
     if sampler is None and spacing is None:
-        return profiles.diffusers(model.scheduler.dict(), steps)
+        return profiles.diffusers(config | forced, steps)
     if sampler is not None and not isinstance(sampler, str):
         _check(sampler)
     if isinstance(sampler, str):
@@ -83,7 +96,7 @@ def choose(
             raise InputError(f"sampler must be one of {known}, got {sampler!r}")
         chosen = profiles.SAMPLERS[sampler]()
     elif sampler is None:
-        chosen = profiles.diffusers(model.scheduler.dict(), steps).sampler
+        chosen = profiles.diffusers(config | forced, steps).sampler
     else:
         chosen = sampler
     if spacing is not None:
@@ -92,7 +105,9 @@ def choose(
     # Classes differ in what they take for granted; what the model was trained with stays, and a
     # latent model that does not ask for clipping means none.
     own: dict[str, Any] = {"clip_sample": False, "skip_prk_steps": True}
-    own |= model.schedule.config() | model.scheduler.dict()
+    own |= model.schedule.config() | config
+    # `from_config` forgets what a pipeline forced where the file is silent.
+    own |= {key: value for key, value in forced.items() if key in config}
     if own.get("_class_name") != profile:
         own = {key: value for key, value in own.items() if key not in _SOLVERS}
     plan = profiles.diffusers(own | {"_class_name": profile}, steps)
