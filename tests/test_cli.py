@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -380,6 +381,38 @@ def test_a_method_of_guidance_is_passed_on_told_and_repeated(model, capsys, monk
     assert settings_of("a.png")["guidance_method"] == "cfg_plus_plus"
     assert main(["generate", "--from=a.png", "--no-cache", "--out=b.png"]) == 0
     assert asked == [("cfg_plus_plus", 0.6)] * 2 and settings_of("b.png") == settings_of("a.png")
+
+
+def test_a_scheduler_with_numbers_that_json_lacks_is_told_and_repeated(
+    model, tmp_path, capsys, monkeypatch
+):
+    """As diffusers saves DPM-Solver++: its lambda_min_clipped is -Infinity."""
+    from diffusers import DPMSolverMultistepScheduler
+    from PIL import Image
+
+    import sdjax
+    from sdjax.tasks import text_to_image as task
+
+    def made(model, params, prompts, *, height, width, **_):
+        return np.zeros((len(prompts), height, width, 3), np.uint8)
+
+    monkeypatch.setattr(task, "text_to_image", made)
+    shutil.copytree(model, "dpm")
+    DPMSolverMultistepScheduler().save_pretrained("dpm/scheduler")
+    path = tmp_path / "dpm" / "scheduler" / "scheduler_config.json"
+    assert "-Infinity" in path.read_text()
+    run = ["generate", "a cat", "--seed=1", "--no-cache", *SMALL]
+    assert main([*run, "--model=dpm", "--out=a.png"]) == 0
+    with Image.open("a.png") as image:  # by the letter of JSON
+        settings = json.loads(image.text["sdjax"], parse_constant=pytest.fail)
+    assert settings["scheduler"]["lambda_min_clipped"] == "-Infinity"
+    again = ["generate", "--from=a.png", "--no-cache"]
+    assert main([*again, "--out=b.png"]) == 0 and settings_of("b.png") == settings
+    assert main(["inspect", "dpm", "--json"]) == 0 and main(["convert", "dpm", "new"]) == 0
+    assert sdjax.load("new")[0].scheduler == sdjax.load("dpm")[0].scheduler
+    capsys.readouterr()
+    path.write_text(path.read_text().replace("-Infinity", "-5.1"))
+    assert "the scheduler's config in" in refused(capsys, *again)
 
 
 def test_the_hash_is_the_one_that_inspect_says(first, model, capsys):

@@ -1,6 +1,7 @@
 """`sdjax generate`: prompts to PNGs."""
 
 import argparse
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from sdjax.errors import InputError
 
 if TYPE_CHECKING:
     from sdjax.checkpoints.loading import Source
-    from sdjax.model import Model
+    from sdjax.model import FrozenConfig, Model
 
 _PAGE = 48  # images on one contact sheet
 
@@ -174,7 +175,7 @@ def check_weights(wanted: Request, model: "Model", found: str) -> None:
         what = (
             f"the weights of {wanted.model} ({found[:10]}) are not the image's ({made_with!s:.10})"
         )
-    elif old.get("scheduler", model.scheduler.dict()) != model.scheduler.dict():
+    elif old.get("scheduler", told(model.scheduler)) != told(model.scheduler):
         what = f"the scheduler's config in {wanted.model} is not the image's"
     else:
         return
@@ -216,8 +217,15 @@ def common_settings(wanted: Request, model: "Model") -> dict[str, Any]:
         "config": request.from_home(config) if config and os.path.exists(config) else config,
         "ema": wanted.ema,
         "variant": wanted.variant,
-        "scheduler": model.scheduler.dict(),
+        "scheduler": told(model.scheduler),
     }
+
+
+def told(config: "FrozenConfig") -> dict[str, Any]:
+    """A config as an image tells it: JSON has no -Infinity, which diffusers writes all the same, so
+    that such a number is a string.
+    """
+    return json.loads(config.json, parse_constant=str)
 
 
 def made(
