@@ -14,6 +14,7 @@ import peers
 import pytest
 
 from sdjax import bundled, images
+from sdjax.checkpoints import digest
 from sdjax.cli import main, request
 from sdjax.cli.command import parser
 from sdjax.errors import InputError
@@ -381,6 +382,31 @@ def test_a_method_of_guidance_is_passed_on_told_and_repeated(model, capsys, monk
     assert settings_of("a.png")["guidance_method"] == "cfg_plus_plus"
     assert main(["generate", "--from=a.png", "--no-cache", "--out=b.png"]) == 0
     assert asked == [("cfg_plus_plus", 0.6)] * 2 and settings_of("b.png") == settings_of("a.png")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"in_channels": 7, "num_class_embeds": 20}, "cannot make pictures from text alone"),
+        ({"time_cond_proj_dim": 8}, "is told the guidance scale (time_cond_proj_dim)"),
+    ],
+)
+def test_a_unet_that_wants_more_than_text_is_refused_before_its_weights_are_read(
+    tmp_path, capsys, monkeypatch, changes, sentence
+):
+    import tiny
+
+    import sdjax
+    from sdjax.models.unet import UNet
+
+    loaded, params = tiny.sd1()
+    loaded = dataclasses.replace(loaded, unet=UNet.from_config(tiny.UNET | changes))
+    with pytest.raises(InputError, match="^this model ") as raised:
+        sdjax.text_to_image(loaded, {}, "a cat")
+    assert sentence in str(raised.value)
+    sdjax.save(tmp_path / "new", loaded, params | {"unet": tiny.random_params(loaded.unet)})
+    monkeypatch.setattr(digest, "of_files", None)
+    assert sentence in refused(capsys, "generate", "a cat", "--seed=1", "--model=new")
 
 
 def test_a_scheduler_with_numbers_that_json_lacks_is_told_and_repeated(

@@ -116,8 +116,9 @@ def completed(wanted: Request, model: "Model", source: "Source") -> Request:
 
     from sdjax.diffusion.methods import METHODS
     from sdjax.parallel import device_count
-    from sdjax.tasks.settings import check_limits
+    from sdjax.tasks.settings import check_limits, check_model
 
+    check_model(model)
     cpu = jax.default_backend() == "cpu"
     factor = model.vae.factor
     own = model.size

@@ -38,7 +38,7 @@ def resolve(
     clip_skip: int = 0,
 ) -> Settings:
     """Check every setting and give each image its own; InputError names the one that cannot be."""
-    _check_model(model)
+    check_model(model)
     encoders = [e for e in (model.text_encoder, model.text_encoder_2) if e is not None]
     layers = min(encoder.text.num_hidden_layers for encoder in encoders)
     _whole("clip_skip", clip_skip, 0, layers - 1)
@@ -107,16 +107,24 @@ def side(factor: int, name: str, value: Any) -> int:
     return value
 
 
-def _check_model(model: Model) -> None:
+def check_model(model: Model) -> None:
+    """Refuse a model whose UNet wants to be told more than texts and timesteps."""
+    name = model.source or "this model"
     channels = model.vae.latent_channels
     if (
         model.unet.in_channels not in (channels, 2 * channels + 1)
         or model.unet.num_class_embeds is not None
     ):
         raise InputError(
-            f"{model.source or 'this model'} cannot make pictures from text alone (its UNet reads "
+            f"{name} cannot make pictures from text alone (its UNet reads "
             f"{model.unet.in_channels} channels): build a denoiser with "
             "sdjax.denoiser(..., concat=, class_labels=)"
+        )
+    if model.unet.time_cond_proj_dim is not None:
+        raise InputError(
+            f"{name} is distilled, and its UNet is told the guidance scale (time_cond_proj_dim), "
+            "which sdjax does not do yet: use the model that it was distilled from, with an LCM "
+            "LoRA for few steps"
         )
 
 
