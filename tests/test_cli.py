@@ -86,9 +86,11 @@ def somewhere(tmp_path, monkeypatch):
             ["--lora", "file:nan"],
             "the scale of a LoRA must be a finite number such as 0.8, got nan",
         ),
+        (["--lora", "file:1e39"], "must be a finite number such as 0.8, got 1e39"),
         (["--lora", "file:lots"], "must be a finite number such as 0.8, got lots"),
         (["--guidance", "nan"], "guidance must be a finite number such as 7.5, got nan"),
         (["--guidance=-inf"], "guidance must be a finite number such as 7.5, got -inf"),
+        (["--guidance", "1e39"], "guidance must be a finite number such as 7.5, got 1e39"),
         (["--guidance", "7,5"], "guidance must be a finite number such as 7.5, got '7,5'"),
         (["--seed", "-1"], "seed must be a whole number from 0 to 2**64 - 1, got -1"),
         (["--seed", str(2**64)], "got 18446744073709551616"),
@@ -407,6 +409,15 @@ def test_a_unet_that_wants_more_than_text_is_refused_before_its_weights_are_read
     sdjax.save(tmp_path / "new", loaded, params | {"unet": tiny.random_params(loaded.unet)})
     monkeypatch.setattr(digest, "of_files", None)
     assert sentence in refused(capsys, "generate", "a cat", "--seed=1", "--model=new")
+
+
+def test_guidance_that_float32_does_not_hold_is_refused(model):
+    import sdjax
+
+    loaded, params = sdjax.load(model)
+    for scale in (1e39, -1e39, 10**400):
+        with pytest.raises(InputError, match="guidance_scale must be finite in float32"):
+            sdjax.text_to_image(loaded, params, "a cat", guidance_scale=scale)
 
 
 def test_a_scheduler_with_numbers_that_json_lacks_is_told_and_repeated(

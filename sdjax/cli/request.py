@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from sdjax import bundled, images
 from sdjax.cli.show import note
 from sdjax.diffusion.names import GUIDANCE, SAMPLERS, SPACINGS
@@ -20,6 +22,7 @@ from sdjax.text import read_prompts, valid
 NOISES = ("torch-cpu", "torch-cuda")
 DTYPES = ("float32", "bfloat16", "float16")
 LAST_SEED = 2**64 - 1
+_LARGEST = float(np.finfo(np.float32).max)  # above it a number is infinite to a program
 
 
 class Lora(NamedTuple):
@@ -117,12 +120,12 @@ def whole(name: str, value: Any, low: int, high: int) -> int:
 
 
 def number(name: str, value: Any, such: str = "7.5") -> float:
-    """A finite number."""
+    """A number that is finite in float32."""
     try:
         result = float(value)
     except (TypeError, ValueError, OverflowError):
         result = math.nan
-    if not math.isfinite(result):
+    if not abs(result) <= _LARGEST:
         raise InputError(f"{name} must be a finite number such as {such}, got {_shown(value)}")
     return result
 

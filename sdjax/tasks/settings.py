@@ -10,6 +10,9 @@ import numpy as np
 from sdjax.errors import InputError
 from sdjax.model import Model
 
+_LARGEST = float(np.finfo(np.float32).max)
+"""Above it a number is infinite to a program."""
+
 
 class Settings(NamedTuple):
     """One value per image throughout, but for the size, which a batch shares."""
@@ -153,9 +156,13 @@ def _whole(name: str, value: Any, low: int, high: int) -> int:
 def _finite(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         raise InputError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
-        raise InputError(f"{name} must be finite, got {value}: 7.5 is usual")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not abs(number) <= _LARGEST:
+        raise InputError(f"{name} must be finite in float32, got {number:g}: 7.5 is usual")
+    return number
 
 
 def check_limits(method: Any, guidance_scales: list[float]) -> None:
