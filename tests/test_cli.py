@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import queue
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 
 from sdjax import bundled, images
 from sdjax.checkpoints import digest
-from sdjax.cli import main, request
+from sdjax.cli import main, request, show
 from sdjax.cli.command import parser
 from sdjax.errors import InputError
 
@@ -450,6 +451,19 @@ def test_a_scheduler_with_numbers_that_json_lacks_is_told_and_repeated(
     capsys.readouterr()
     path.write_text(path.read_text().replace("-Infinity", "-5.1"))
     assert "the scheduler's config in" in refused(capsys, *again)
+
+
+def test_a_long_hashing_is_explained(model, capsys, monkeypatch):
+    said = queue.Queue()
+
+    def hashing(paths):
+        raise InputError(said.get(timeout=60))
+
+    monkeypatch.setattr(show, "_PATIENCE", 0)
+    monkeypatch.setattr(show, "note", said.put)
+    monkeypatch.setattr(digest, "of_files", hashing)
+    run = ["generate", "a cat", "--seed=1", "--sampler=ddim", "--spacing=leading"]
+    assert refused(capsys, *run, f"--model={model}") == "hashing 0.01 GB"
 
 
 def test_the_hash_is_the_one_that_inspect_says(first, model, capsys):

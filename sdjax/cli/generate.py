@@ -13,7 +13,7 @@ import numpy as np
 from sdjax import bundled, images
 from sdjax.cli import request
 from sdjax.cli.request import Request
-from sdjax.cli.show import Interrupted, Progress, note, printable, say
+from sdjax.cli.show import Interrupted, Progress, note, printable, say, waiting
 from sdjax.errors import InputError
 
 if TYPE_CHECKING:
@@ -52,12 +52,14 @@ def run(asked: argparse.Namespace) -> None:
     wanted = completed(wanted, model, source)
     updates = loras.load(wanted.loras, model)
     warn_of_cuts(wanted, source)
-    files = [tensor.path for part in source.networks.values() for tensor in part.tensors.values()]
-    weights = digest.of_files(files)
-    if wanted.repeats:
-        check_weights(wanted, model, weights)
-    settings = common_settings(wanted, model) | {"model_hash": weights}
+    settings = common_settings(wanted, model)
     settings["loras"] = [update.settings for update in updates]
+    files = [tensor.path for part in source.networks.values() for tensor in part.tensors.values()]
+    files = list(dict.fromkeys(files))
+    with waiting(f"hashing {sum(os.path.getsize(path) for path in files) / 1e9:.2f} GB"):
+        settings["model_hash"] = digest.of_files(files)
+    if wanted.repeats:
+        check_weights(wanted, model, settings["model_hash"])
     keep_programs(asked)
     progress = Progress()
     saved: list[Path] = []

@@ -1,8 +1,14 @@
 """What the user sees while waiting: results on standard output, all else on standard error."""
 
+import contextlib
 import os
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
+
+_PATIENCE = 1.0
+"""Seconds that a wait may last before it is explained."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -21,6 +27,18 @@ def say(line: str) -> None:
 def note(line: str) -> None:
     """Something worth knowing."""
     print(f"sdjax: {line}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def waiting(line: str) -> Iterator[None]:
+    """A note of what takes so long, where it does."""
+    timer = threading.Timer(_PATIENCE, note, [line])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def printable(text: str) -> str:
