@@ -16,7 +16,7 @@ import pytest
 
 from sdjax import bundled, images
 from sdjax.checkpoints import digest
-from sdjax.cli import main, request, show
+from sdjax.cli import generate, main, request, show
 from sdjax.cli.command import parser
 from sdjax.errors import InputError
 
@@ -162,6 +162,41 @@ def test_other_commands_refuse_in_a_sentence_too(tmp_path, capsys):
     assert "not a folder" in refused(capsys, "convert", "there", "no/where")
     assert "unknown dtype" in refused(capsys, "convert", "there", "new", "--dtype", "int4")
     assert "invalid choice: 'nope'" in refused(capsys, "nope")
+
+
+@pytest.mark.parametrize(
+    ("failure", "sentence"),
+    [
+        (OSError(28, "No space left on device", "a.png"), "a.png: No space left on device"),
+        (PermissionError(13, "Permission denied"), "Permission denied"),
+        (OSError("lost\nits way"), "lost"),
+        (MemoryError(), "there is not enough memory (MemoryError): make less at once"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nby a buffer"),
+            "there is not enough memory (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes): ",
+        ),
+    ],
+)
+def test_what_the_system_refuses_is_said_in_a_sentence(capsys, monkeypatch, failure, sentence):
+    import jax
+
+    if type(failure) is RuntimeError:
+        failure = jax.errors.JaxRuntimeError(str(failure))
+
+    def fail(asked):
+        raise failure
+
+    monkeypatch.setattr(generate, "run", fail)
+    assert refused(capsys, "generate", "a cat").startswith(sentence)
+
+
+def test_what_is_wrong_in_sdjax_itself_is_no_sentence(monkeypatch):
+    def fail(asked):
+        raise RuntimeError("INTERNAL: who knows")
+
+    monkeypatch.setattr(generate, "run", fail)
+    with pytest.raises(RuntimeError, match="who knows"):
+        main(["generate", "a cat"])
 
 
 def test_help_and_version_are_results(capsys):

@@ -192,7 +192,10 @@ def _source(command: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; gives the exit status: 0, 2 for what cannot work, 130 when interrupted."""
+    """Run one command; gives the exit status: 0, 2 for what cannot work, 130 when interrupted.
+
+    What cannot work is what was asked, or what the system refuses: a file, a full disk, memory.
+    """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -202,12 +205,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         note(f"error: {error}")
         return 2
+    except OSError as error:
+        named = f"{error.filename}: " if error.filename else ""
+        note(f"error: {named}{error.strerror or _first_line(error)}")
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        # XLA's error is a RuntimeError: its class would have to be imported from jax.
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        note(
+            f"error: there is not enough memory ({_first_line(error)}): make less at once (smaller "
+            "pictures, a smaller batch), or in a smaller dtype"
+        )
+        return 2
     except KeyboardInterrupt as stop:
         done = str(stop) if isinstance(stop, Interrupted) else "nothing was written"
         print(file=sys.stderr)
         note(f"stopped: {done}")
         return 130
     return 0
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")[:160]
 
 
 def _run(asked: argparse.Namespace) -> None:
