@@ -1,6 +1,7 @@
 """What `sdjax generate` was asked for, checked in full before anything is loaded."""
 
 import argparse
+import contextlib
 import difflib
 import math
 import os
@@ -62,7 +63,8 @@ class Request(NamedTuple):
 
 def read(asked: argparse.Namespace) -> Request:
     """Check every option; with --from, what is not given comes from the image."""
-    old: dict[str, Any] = images.read_settings(asked.source) if asked.source else {}
+    repeats = asked.source is not None
+    old: dict[str, Any] = images.read_settings(asked.source) if repeats else {}
 
     def given(name: str, key: str) -> Any:
         value = getattr(asked, name)
@@ -280,6 +282,8 @@ def _place(out: str | None, total: int) -> tuple[Path, str | None]:
             if os.path.lexists(path):
                 raise InputError(f"{path} is there already: give --out another name, or a folder")
             path, stem = path.parent, path.stem
+        with contextlib.suppress(FileNotFoundError):
+            path.lstat()  # a name too long, or a folder that may not be looked into
         there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
