@@ -125,9 +125,12 @@ _CLASSES: dict[str, Callable[[Mapping[str, Any], int, Schedule, list[str]], Plan
 def diffusers(config: Mapping[str, Any], steps: int) -> Plan:
     """What diffusers 0.42.1 does with a `scheduler_config.json` and a number of steps.
 
-    Timesteps are exact, sigmas equal in float32, quirks included (its tables are float32 too). What
-    a config cannot say (DDIM's and TCD's eta, churn, tau_func) has the defaults of diffusers' own
-    `step`. `note` says what a plan cannot hold; an unknown class is refused.
+    Timesteps are exact, sigmas equal in float32, quirks included (its tables are float32 too). The
+    run is `sample(plan.sampler, denoise, noise * plan.init_scale, plan.sigmas) * plan.final_scale`,
+    with `denoiser(..., timesteps=plan)`; where the config clips or thresholds estimates, with
+    `plan.bounded(denoise, clip, threshold)` of the module `plan`. What a config cannot say (DDIM's
+    and TCD's eta, churn, tau_func) has the defaults of diffusers' own `step`. `note` says what a
+    plan cannot hold; an unknown class is refused.
     """
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in _CLASSES:
