@@ -429,9 +429,10 @@ def test_a_method_of_guidance_is_passed_on_told_and_repeated(model, capsys, monk
     [
         ({"in_channels": 7, "num_class_embeds": 20}, "cannot make pictures from text alone"),
         ({"time_cond_proj_dim": 8}, "is told the guidance scale (time_cond_proj_dim)"),
+        ({"sample_size": 3}, "height must be a multiple of 8, got 6: try 8"),
     ],
 )
-def test_a_unet_that_wants_more_than_text_is_refused_before_its_weights_are_read(
+def test_a_unet_that_cannot_be_sampled_is_refused_before_its_weights_are_read(
     tmp_path, capsys, monkeypatch, changes, sentence
 ):
     import tiny
@@ -441,7 +442,7 @@ def test_a_unet_that_wants_more_than_text_is_refused_before_its_weights_are_read
 
     loaded, params = tiny.sd1()
     loaded = dataclasses.replace(loaded, unet=UNet.from_config(tiny.UNET | changes))
-    with pytest.raises(InputError, match="^this model ") as raised:
+    with pytest.raises(InputError) as raised:
         sdjax.text_to_image(loaded, {}, "a cat")
     assert sentence in str(raised.value)
     sdjax.save(tmp_path / "new", loaded, params | {"unet": tiny.random_params(loaded.unet)})

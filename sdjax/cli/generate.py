@@ -118,17 +118,13 @@ def completed(wanted: Request, model: "Model", source: "Source") -> Request:
 
     from sdjax.diffusion.methods import METHODS
     from sdjax.parallel import device_count
-    from sdjax.tasks.settings import check_limits, check_model
+    from sdjax.tasks.settings import check_limits, check_model, side
 
     check_model(model)
     cpu = jax.default_backend() == "cpu"
-    factor = model.vae.factor
-    own = model.size
-    height, width = wanted.height or own[0], wanted.width or own[1]
-    for name, pixels in (("height", height), ("width", width)):
-        if pixels % factor:
-            low = max(factor, pixels // factor * factor)
-            raise InputError(f"{name} must be a multiple of {factor}, got {pixels}: try {low}")
+    rows, columns = model.size
+    height = side(model.vae.factor, "height", wanted.height or rows)
+    width = side(model.vae.factor, "width", wanted.width or columns)
     guidance = model.guidance_scale if wanted.guidance is None else wanted.guidance
     check_limits(METHODS[wanted.method or "cfg"], [guidance])
     return wanted._replace(
