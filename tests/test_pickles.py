@@ -84,10 +84,12 @@ def test_an_archive_packed_again_with_compression(tmp_path):
     same(pickles.open(tmp_path / "y.ckpt"), state())
 
 
-def write_tar(path, arrays, extra=b""):
+def write_tar(path, arrays, extra=b"", windows=(), name=None):
     """The tar that torch 0.1.1 wrote, for float32 arrays.
 
-    Its pickles name `torch.FloatStorage`, which torch here still has to find.
+    Its pickles name `torch.FloatStorage`, which torch here still has to find. The tensors are of
+    the last of `windows`, tuples of target, root, offset and length, if there are any; `name` is a
+    pickled one in place of the storages' own.
     """
 
     def storage_type(name):
@@ -106,15 +108,19 @@ def write_tar(path, arrays, extra=b""):
     tensors = pickled(number(len(arrays)))
     state = b"}("
     for i, (key, array) in enumerate(arrays.items()):
-        head = (number(100 + i), text("cpu"), storage_type("FloatStorage"), b"\x87")
+        head = (name or number(100 + i), text("cpu"), storage_type("FloatStorage"), b"\x87")
         storages += pickled(*head) + struct.pack("<q", array.size) + array.tobytes()
-        tensors += pickled(number(200 + i), number(100 + i), storage_type("FloatTensor"), b"\x87")
+        storage = 100 + i
+        if windows:
+            storage, array = windows[-1][0], array[: windows[-1][3]]
+        tensors += pickled(number(200 + i), number(storage), storage_type("FloatTensor"), b"\x87")
         strides = [s // 4 for s in array.strides]
         tensors += struct.pack(
             f"<ii{2 * array.ndim + 1}q", array.ndim, 0, *array.shape, *strides, 0
         )
         state += text(key) + number(200 + i) + b"Q"
-    storages += pickled(b"]")
+    entries = [b"(" + b"".join(map(number, window)) + b"t" for window in windows]
+    storages += pickled(b"](", *entries, b"e")
     members = {"storages": storages, "tensors": tensors, "pickle": pickled(extra, state, b"u")}
     with tarfile.open(path, "w:", format=tarfile.PAX_FORMAT) as archive:
         for name, data in members.items():
@@ -137,6 +143,24 @@ def test_the_tar_of_torch_before_0_1_10(tmp_path):
     for key, array in arrays.items():
         np.testing.assert_array_equal(peer[key].numpy(), array)
         np.testing.assert_array_equal(read[key].read(), array)
+
+
+@pytest.mark.parametrize("more", [0, 5000])
+def test_a_storage_that_is_a_part_of_a_part(tmp_path, more):
+    windows = [(0, 100, 1, 5), (1, 0, 2, 3)] + [(2 + i, 1 + i, 0, 3) for i in range(more)]
+    write_tar(tmp_path / "x.pt", {"a": np.arange(6, dtype=np.float32)}, windows=windows)
+    assert pickles.open(tmp_path / "x.pt")["a"].read().tolist() == [3, 4, 5]
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "run"])
+def test_attributes_of_tensors_are_left_out(tmp_path, new):
+    import torch
+
+    wanted = {"a": torch.randn(2, 3), "b": torch.nn.Parameter(torch.randn(4, 5).T)}
+    wanted["a"].note, wanted["b"].note = "made", {"at": [1, 2.0]}
+    torch.save(wanted, tmp_path / "x.pt", _use_new_zipfile_serialization=new)
+    assert b"_rebuild_from_type_v2" in (tmp_path / "x.pt").read_bytes()
+    same(pickles.open(tmp_path / "x.pt"), wanted)
 
 
 def lightning():
@@ -280,7 +304,7 @@ def test_an_object_in_place_of_a_weight_is_refused(tmp_path):
         pickles.open(archive(tmp_path / "x.ckpt", pickled))
 
 
-def tensor_pickle(shape=(2,), stride=(1,), offset=0, numel=2, key="0"):
+def tensor_pickle(shape=(2,), stride=(1,), offset=0, numel=2, key="0", dtype=None):
     """The pickle of {"a": tensor} with any claims about its sizes."""
 
     def number(n):
@@ -294,8 +318,10 @@ def tensor_pickle(shape=(2,), stride=(1,), offset=0, numel=2, key="0"):
 
     storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(key) + text("cpu")
     storage += number(numel) + b"tQ"
-    built = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + number(offset) + sizes(shape)
-    built += sizes(stride) + b"\x89ccollections\nOrderedDict\n)RtR"
+    version = b"3" if dtype else b"2"
+    built = b"ctorch._utils\n_rebuild_tensor_v" + version + b"\n(" + storage + number(offset)
+    built += sizes(shape) + sizes(stride) + b"\x89ccollections\nOrderedDict\n)R"
+    built += b"ctorch\n" + dtype + b"\ntR" if dtype else b"tR"
     return b"\x80\x02}" + text("a") + built + b"s."
 
 
@@ -319,6 +345,7 @@ LIES = {
     "negative storage": dict(numel=-1),
     "no such storage": dict(key="1"),
     "a storage outside the archive": dict(key="../0"),
+    "wider numbers than its storage's": dict(dtype=b"float64"),
 }
 
 
@@ -370,6 +397,41 @@ def test_a_pickle_that_asks_for_too_much_is_refused(tmp_path, bomb, unchecked):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+CALLS = {
+    "many arguments": b"(" + b"K\x01" * 1000 + b"tq\x00ctorch._utils\n_rebuild_parameter\nh\x00R0",
+    "many copies": b"](" + b"K\x01" * 1000 + b"eq\x000" + b"ctorch\nSize\nh\x00\x85\x810" * 2000,
+    "a tensor of no tensor's": b"ctorch._tensor\n_rebuild_from_type_v2\n"
+    + b"(ccollections\nOrderedDict\nN)NtR0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("calls", CALLS)
+def test_calls_that_no_checkpoint_makes_are_refused_beside_a_good_tensor(tmp_path, calls):
+    pickled = b"\x80\x02" + CALLS[calls] + tensor_pickle()[2:]
+    path = archive(tmp_path / "x.ckpt", pickled, {"0": bytes(8)})
+    with pytest.raises(InputError, match="the pickle cannot be read"):
+        pickles.open(path)
+
+
+DEEP = b")" + b"\x85" * 50_000
+"""A nest of tuples that cannot be printed."""
+
+
+@pytest.mark.parametrize("place", ["size", "key", "name"])
+def test_what_cannot_be_printed_is_refused_unprinted(tmp_path, place, unchecked):
+    path = tmp_path / "x.ckpt"
+    if place == "size":
+        storage = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000"
+        archive(path, b"\x80\x02" + storage + b"X\x03\x00\x00\x00cpu" + DEEP + b"tQ.")
+    elif place == "key":
+        head = [pickle.dumps(value, 2) for value in (pickles.MAGIC, 1001, {}, {})]
+        path.write_bytes(b"".join(head) + b"\x80\x02](" + DEEP + b"e.")
+    else:
+        write_tar(path, {"a": np.ones(3, np.float32)}, name=DEEP)
+    with pytest.raises(InputError, match="x.ckpt"):
+        pickles.open(path)
+
+
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "run"])
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 0.999])
 def test_a_truncated_checkpoint_is_refused(tmp_path, new, part):
@@ -404,6 +466,46 @@ def test_a_compressed_storage_is_inflated_no_further_than_its_tensor(tmp_path):
         file.writestr("archive/data.pkl", tensor_pickle())
         file.writestr("archive/data/0", bytes(50_000_000))
     assert pickles.open(path)["a"].read().nbytes == 8
+
+
+def test_a_compressed_storage_that_ends_early_is_refused(tmp_path):
+    """The archive claims 80 bytes for a stream of 8 whose checksum is right."""
+    path = tmp_path / "x.ckpt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", tensor_pickle(shape=(20,), numel=20))
+        file.writestr("archive/data/0", bytes(8))
+        file.getinfo("archive/data/0").file_size = 80
+    with pytest.raises(InputError, match="'archive/data/0' ends after 8 of 80 bytes"):
+        pickles.open(path)["a"].read()
+
+
+def test_a_part_of_a_compressed_storage_is_refused(tmp_path):
+    window = b"(X\x01\x00\x00\x00wK\x00K\x02t"
+    pickled = tensor_pickle().replace(b"tQ", window[:-1] + b"ttQ", 1)
+    path = tmp_path / "x.ckpt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", pickled)
+        file.writestr("archive/data/0", bytes(8))
+    with pytest.raises(InputError, match="'a' is a part of a storage that is compressed"):
+        pickles.open(path)
+
+
+def test_an_encrypted_entry_is_refused(tmp_path):
+    path = archive(tmp_path / "x.ckpt", tensor_pickle(), {"0": bytes(8)})
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("archive/byteorder", "little")
+        file.getinfo("archive/byteorder").flag_bits |= 1
+    with pytest.raises(InputError, match="x.ckpt is encrypted"):
+        pickles.open(path)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_an_unusual_compression_is_refused(tmp_path, method):
+    path = archive(tmp_path / "x.ckpt", tensor_pickle())
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("archive/data/0", bytes(8), compress_type=method)
+    with pytest.raises(InputError, match="'archive/data/0' is compressed by an unusual method"):
+        pickles.open(path)
 
 
 @pytest.mark.parametrize("data", [b"GGUF....", b"\x89HDF\r\n", b"hello", b"\x80\x02K\x05."])

@@ -64,35 +64,38 @@ def read(file: Map) -> tuple[Any, list[Storage]]:
     storages: dict[Any, Storage] = {}
     for _ in range(counted(following(), path)):
         key, _, kind = fields(following(), path)
+        name = named(key, path)
         if not isinstance(kind, StorageType) or kind.dtype is None:
             raise InputError(f"{path}: a storage is of no known type: {AGAIN}")
         head = file.bytes(at, at + 8)
         numel = struct.unpack("<q", head)[0] if len(head) == 8 else -1
         if not 0 <= numel < 2**60:
-            raise InputError(f"{path}: storage {str(key)[:80]!r} is damaged: {AGAIN}")
-        storages[str(key)] = Storage(str(key), kind.dtype, numel)
-        at = stored(file, at, storages[str(key)])
+            raise InputError(f"{path}: storage {name[:80]!r} is damaged: {AGAIN}")
+        storages[name] = Storage(name, kind.dtype, numel)
+        at = stored(file, at, storages[name])
     views = following(unpickle.BYTES)
     for entry in views if isinstance(views, list) else ():
         target, root, offset, numel = fields(entry, path, 4)
-        if str(root) not in storages:
+        whole = storages.get(named(root, path))
+        if whole is None:
             raise InputError(f"{path}: a storage is part of one that is not there: {AGAIN}")
         try:
-            storages[str(target)] = window(storages[str(root)], None, offset, numel)
+            storages[named(target, path)] = window(whole, None, offset, numel)
         except ValueError as error:
             raise InputError(f"{path}: {error}: {AGAIN}") from None
     source = unpickle.window(file, *members["tensors"])
     tensors: dict[str, View] = {}
     for _ in range(counted(unpickle.load(source, path, refuse), path)):
         key, storage, _ = fields(unpickle.load(source, path, refuse), path)
-        if str(storage) not in storages:
-            raise InputError(f"{path}: tensor {str(key)[:80]!r} has no storage: {AGAIN}")
-        tensors[str(key)] = tar_view(source, storages[str(storage)], str(key), path)
+        name, found = named(key, path), storages.get(named(storage, path))
+        if found is None:
+            raise InputError(f"{path}: tensor {name[:80]!r} has no storage: {AGAIN}")
+        tensors[name] = tar_view(source, found, name, path)
 
     def persistent(saved: Any) -> Any:
         if isinstance(saved, tuple):
             return Inert("a module")
-        return tensors[str(saved)]
+        return tensors[named(saved, path)]
 
     root = unpickle.load(unpickle.window(file, *members["pickle"]), path, persistent)
     return root, list(storages.values())
@@ -109,6 +112,13 @@ def tar_view(source: io.BytesIO, storage: Storage, key: str, path: Path) -> View
         return view(storage, storage.dtype, numbers[-1], numbers[:rank], numbers[rank : 2 * rank])
     except (ValueError, struct.error) as error:
         raise InputError(f"{path}: tensor {key[:80]!r} is damaged ({error}): {AGAIN}") from None
+
+
+def named(key: Any, path: Path) -> str:
+    """The name of a storage or a tensor, which torch wrote as a number."""
+    if not (isinstance(key, str) or (isinstance(key, int) and abs(key) < 2**64)):
+        raise InputError(f"{path}: a name in the archive is a {type(key).__name__}: {AGAIN}")
+    return str(key)
 
 
 def counted(number: Any, path: Path) -> int:

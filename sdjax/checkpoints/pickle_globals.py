@@ -17,6 +17,9 @@ import numpy as np
 from sdjax.checkpoints.tensors import BFLOAT16
 from sdjax.errors import InputError
 
+ARGUMENTS = 16
+"""The most that a call which is carried out may have; torch's have up to eight."""
+
 
 @dataclass(eq=False)
 class Inert:
@@ -83,7 +86,18 @@ def rebuild_typed(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any
     """`torch._utils._rebuild_tensor_v3`: a view of untyped bytes; the dtype comes last."""
     if not isinstance(storage, Storage) or len(rest) < 3 or not isinstance(rest[2], StorageType):
         raise ValueError("a tensor without a storage")
-    return view(storage, rest[2].dtype, offset, shape, stride)
+    dtype = rest[2].dtype
+    if storage.dtype is not None and storage.dtype != dtype:
+        raise ValueError("a tensor of another dtype than its storage")
+    return view(storage, dtype, offset, shape, stride)
+
+
+def rebuild_kind(function: Any, kind: Any, arguments: Any, *rest: Any) -> View:
+    """`torch._tensor._rebuild_from_type_v2`: a tensor with attributes, which are left out."""
+    known = isinstance(function, Function) and function.name == "tensor"
+    if not known or not isinstance(arguments, tuple) or len(arguments) > ARGUMENTS:
+        raise ValueError("a tensor that is made in an unknown way")
+    return function.call(*arguments)
 
 
 def view(storage: Storage, dtype: np.dtype | None, offset: Any, shape: Any, stride: Any) -> View:
@@ -167,6 +181,7 @@ GLOBALS: dict[str, Any] = {
     "torch._utils._rebuild_tensor": Function("tensor", rebuild),
     "torch._utils._rebuild_tensor_v2": Function("tensor", rebuild),
     "torch._utils._rebuild_tensor_v3": Function("tensor", rebuild_typed),
+    "torch._tensor._rebuild_from_type_v2": Function("tensor of a kind", rebuild_kind),
     "torch._utils._rebuild_parameter": Function("parameter", first),
     "torch._utils._rebuild_parameter_with_state": Function("parameter", first),
     "torch.Size": Function("size", tuple, flat=True),

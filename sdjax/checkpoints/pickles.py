@@ -97,8 +97,12 @@ def tensor(key: str, view: View, file: Map) -> Tensor:
     if storage.begin is not None:
         whole = file.tensor(key, (numel,), dtype, storage.begin)
         flat, release = whole.read, whole.release
+    elif storage.data is None:
+        raise InputError(
+            f"{file.path}: {key[:100]!r} is a part of a storage that is compressed or has no "
+            "dtype: get the weights as safetensors"
+        )
     else:
-        assert storage.data is not None
         inflate = storage.data
         flat = lambda: inflate()[: numel * dtype.itemsize].view(dtype)  # noqa: E731
 
@@ -123,6 +127,13 @@ def read_zip(file: Map) -> tuple[Any, list[Storage]]:
     for info in archive.infolist():
         if info.filename in entries:
             raise InputError(f"{path}: the archive has {info.filename[:100]!r} twice: {AGAIN}")
+        if info.flag_bits & 1:
+            raise InputError(f"{path} is encrypted: unpack it first")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise InputError(
+                f"{path}: {info.filename[:100]!r} is compressed by an unusual method "
+                f"({info.compress_type}): pack the archive again without compression"
+            )
         entries[info.filename] = info
     pickled = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(pickled) != 1:
@@ -158,8 +169,6 @@ def read_zip(file: Map) -> tuple[Any, list[Storage]]:
 
 def place(info: zipfile.ZipInfo, file: Map) -> int | None:
     """Where an entry's bytes begin, from its local header; None if they are compressed."""
-    if info.flag_bits & 1:
-        raise InputError(f"{file.path} is encrypted: unpack it first")
     if info.compress_type != zipfile.ZIP_STORED:
         return None
     header = file.bytes(info.header_offset, info.header_offset + 30)
@@ -186,8 +195,14 @@ def inflate(archive: zipfile.ZipFile, info: zipfile.ZipInfo, file: Map, limit: i
 
 
 def inflated(archive: zipfile.ZipFile, info: zipfile.ZipInfo, file: Map, size: int) -> np.ndarray:
-    """A compressed storage's bytes."""
-    return np.frombuffer(inflate(archive, info, file, size), np.uint8)
+    """A compressed storage's bytes, all that its tensors are views of."""
+    data = inflate(archive, info, file, size)
+    if len(data) != size:
+        # zipfile takes a stream that ends before the size which the archive claims for it.
+        raise InputError(
+            f"{file.path}: {info.filename[:100]!r} ends after {len(data)} of {size} bytes: {AGAIN}"
+        )
+    return np.frombuffer(data, np.uint8)
 
 
 def read_run(file: Map) -> tuple[Any, list[Storage]]:
@@ -210,12 +225,13 @@ def read_run(file: Map) -> tuple[Any, list[Storage]]:
     store = Store()
     root = following(store)
     keys = following()
-    if not isinstance(keys, list) or len(set(map(str, keys))) != len(keys):
+    named = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if not named or len(set(keys)) != len(keys):
         raise InputError(f"{file.path}: the list of storages is damaged: {AGAIN}")
     at = source.tell()
     for key in keys:
-        storage = store.found.get(str(key))
+        storage = store.found.get(key)
         if storage is None:
-            raise InputError(f"{file.path}: storage {str(key)[:80]!r} belongs to nothing: {AGAIN}")
+            raise InputError(f"{file.path}: storage {key[:80]!r} belongs to nothing: {AGAIN}")
         at = stored(file, at, storage)
     return root, list(store.found.values())

@@ -25,7 +25,7 @@ class Store:
         if not isinstance(kind, StorageType) or not isinstance(key, str):
             raise ValueError("a storage of no known type")
         if type(numel) is not int or not 0 <= numel < 2**60:
-            raise ValueError(f"a storage of {str(numel)[:40]} elements")
+            raise ValueError("a storage whose size is no size")
         storage = self.found.setdefault(key, Storage(key, kind.dtype, numel))
         if (storage.dtype, storage.numel) != (kind.dtype, numel):
             raise ValueError(f"storage {key[:80]!r} twice, differently")
@@ -42,7 +42,9 @@ def window(root: Storage, key: Any, offset: Any, numel: Any) -> Storage:
         raise ValueError("a part of a storage without sizes")
     if offset + numel > root.numel:
         raise ValueError(f"a part of storage {root.key[:80]!r} outside it")
-    return Storage(root.key, root.dtype, numel, root=root, skip=offset)
+    # Of a window of a window the first storage is the root: chains would be followed by recursion.
+    skip = root.skip + offset
+    return Storage(root.key, root.dtype, numel, root=root.root or root, skip=skip)
 
 
 def stored(file: Map, at: int, storage: Storage) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sdjax.checkpoints.pickle_globals import Function, Inert, insert, look_up
+from sdjax.checkpoints.pickle_globals import ARGUMENTS, Function, Inert, insert, look_up
 from sdjax.checkpoints.tensors import Map
 from sdjax.errors import InputError
 
@@ -20,6 +20,9 @@ BYTES = 64 * 2**20
 
 WORK = 1_000_000
 """Opcodes executed, and elements copied by calls, before a pickle is refused."""
+
+DAMAGE = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
+"""What the machine's steps raise for objects that cannot be built."""
 
 
 def window(file: Map, start: int, stop: int, size: int = BYTES) -> io.BytesIO:
@@ -42,7 +45,7 @@ def load(source: io.BytesIO, path: Path, persistent: Callable[[Any], Any]) -> An
         return _Machine(path, persistent).run(source)
     except InputError:
         raise
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
+    except DAMAGE as error:
         text = str(error).split("\n")[0][:120]
         raise InputError(
             f"{path}: the pickle cannot be read ({text}): download it again, or get the weights "
@@ -59,14 +62,14 @@ class _Machine:
         self.path, self.persistent = path, persistent
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.work = 0
 
     def run(self, source: io.BytesIO) -> Any:
-        work = 0
         push = self.stack.append
         for code, argument, _ in pickletools.genops(source):
             name = code.name
-            work += 1
-            if work > WORK:
+            self.work += 1
+            if self.work > WORK:
                 raise ValueError("it is too large for a checkpoint's")
             if name in _VALUES:
                 push(argument)
@@ -76,10 +79,7 @@ class _Machine:
                 return self.stack.pop()
             elif name == "REDUCE":
                 arguments = self.stack.pop()
-                function = self.stack.pop()
-                if isinstance(function, Function) and function.flat and arguments:
-                    work += len(arguments[0])
-                push(self.call(function, arguments))
+                push(self.call(self.stack.pop(), arguments))
             else:
                 getattr(self, f"op_{name.lower()}")(argument)
         raise ValueError("it has no end")
@@ -88,6 +88,10 @@ class _Machine:
         if not isinstance(arguments, tuple):
             raise ValueError("a call without arguments")
         if isinstance(function, Function):
+            if len(arguments) > ARGUMENTS:
+                raise ValueError(f"a call with {len(arguments)} arguments")
+            if function.flat and arguments:
+                self.work += len(arguments[0])
             return function.call(*arguments)
         if not isinstance(function, Inert):
             raise ValueError(f"a call of a {type(function).__name__}")
