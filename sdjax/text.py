@@ -59,6 +59,11 @@ class Tokenizer:
 
         return build(tokenizer_files.read(Path(folder)), str(folder))
 
+    @property
+    def size(self) -> int:
+        """How many tokens there are, added ones among them: ids are 0 to size - 1."""
+        return _backend(self.definition).get_vocab_size()
+
     def save(self, folder: str | Path) -> None:
         """Write a folder that every release of transformers reads."""
         from sdjax.checkpoints import tokenizer_files
@@ -89,12 +94,15 @@ class Tokenizer:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Prompts of a UTF-8 text file, one a line; a BOM, CRs and blank lines are passed over."""
+    """Prompts of a UTF-8 text file, one a line; a BOM and blank lines are passed over.
+
+    A line ends in LF, CRLF or CR.
+    """
     from sdjax.checkpoints.tokenizer_files import read_bytes
 
     prompts = []
     data = read_bytes(Path(path)).removeprefix(b"\xef\xbb\xbf")
-    for number, line in enumerate(data.split(b"\n"), 1):
+    for number, line in enumerate(data.splitlines(), 1):
         where = f"{path}, line {number}"
         if b"\0" in line:
             raise InputError(f"{where}: a NUL character: save the file as plain UTF-8 text")

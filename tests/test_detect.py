@@ -1,5 +1,6 @@
 """Which model a single file is: told from its keys, shapes and markers, or refused."""
 
+import json
 from pathlib import Path
 
 import ldm
@@ -111,8 +112,6 @@ def test_a_config_that_a_marker_contradicts_is_refused() -> None:
 
 
 def test_a_toml_file_or_a_folder_serves_as_config(tmp_path) -> None:
-    import json
-
     shapes = ldm.checkpoint("sd1", tiny=True)
     tables = ldm.tiny_configs("sd1")
     for part, name in (("unet", "config"), ("vae", "config"), ("text_encoder", "config")):
@@ -126,15 +125,54 @@ def test_a_toml_file_or_a_folder_serves_as_config(tmp_path) -> None:
     assert found.configs["unet"] == tables["unet"]
     assert found.configs["tokenizer"] == {"pad_token": "<|endoftext|>"}
 
-    def toml(value: object) -> str:
-        return json.dumps(value)
+    file = write_toml(tmp_path / "tiny.toml", tables)
+    assert identify(unread(shapes), str(file)).configs == tables
 
+
+def write_toml(file: Path, tables: dict) -> Path:
+    """Tables whose values JSON and TOML spell alike."""
     lines = []
     for part, table in tables.items():
-        lines += [f"[{part}]", *(f"{key} = {toml(value)}" for key, value in table.items())]
-    file = tmp_path / "tiny.toml"
+        lines += [f"[{part}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
     file.write_text("\n".join(lines))
-    assert identify(unread(shapes), str(file)).configs == tables
+    return file
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("unet", "block_out_channels", 8),
+        ("unet", "in_channels", "4"),
+        ("unet", "layers_per_block", 10**12),
+        ("unet", "down_block_types", [1, 2]),
+        ("vae", "block_out_channels", []),
+        ("vae", "latent_channels", [4]),
+        ("vae", "layers_per_block", 10**12),
+        ("text_encoder", "num_hidden_layers", 10**12),
+        ("text_encoder", "hidden_size", "12"),
+    ],
+)
+def test_a_config_of_no_network_is_refused_naming_file_and_key(part, key, value, tmp_path) -> None:
+    tables = ldm.tiny_configs("sd1")
+    tables[part][key] = value
+    file = write_toml(tmp_path / "x.toml", tables)
+    with pytest.raises(InputError, match=f"^config '{file}': .* config: '{key}' must be"):
+        identify(unread(ldm.checkpoint("sd1", tiny=True)), str(file))
+
+
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [("unet", "block_out_channels"), ("text_encoder", "vocab_size"), ("vae", "block_out_channels")],
+)
+def test_a_width_that_a_config_leaves_out_is_its_networks_default(part, key, tmp_path) -> None:
+    tables = ldm.tiny_configs("sd1")
+    del tables[part][key]
+    if part == "vae":
+        tables[part] |= {"down_block_types": ["DownEncoderBlock2D"]}
+        tables[part] |= {"up_block_types": ["UpDecoderBlock2D"]}
+    file = write_toml(tmp_path / "x.toml", tables)
+    with pytest.raises(InputError, match="^file.safetensors: .* has shape"):
+        identify(unread(ldm.checkpoint("sd1", tiny=True)), str(file))
 
 
 def test_shapes_that_are_not_the_familys_are_refused_with_the_mend() -> None:

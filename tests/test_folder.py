@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from sdjax.checkpoints import folder, hub, load, naming, safetensors
+from sdjax.checkpoints import folder, hub, inspect, load, load_vae, naming, safetensors
 from sdjax.checkpoints.safetensors import Entry, entry
 from sdjax.errors import InputError
 
@@ -228,6 +228,23 @@ def test_folders_that_diffusers_wrote(family, tmp_path):
     assert (model.text_encoder is None) == (family == "sdxl-refiner")
     for name, tree in params.items():
         assert tiny.equal(jax.tree.map(np.asarray, tree), flax_params(getattr(pipeline, name)))
+
+
+def test_an_autoencoder_alone_in_its_folder(tmp_path):
+    from peers import flax_params, tiny_vae
+
+    theirs, _ = tiny_vae("sdxl", {"layers_per_block": 1})
+    theirs.save_pretrained(tmp_path / "vae")
+    vae, params = load_vae(tmp_path / "vae")
+    assert vae.scaling_factor == 0.13025
+    assert tiny.equal(jax.tree.map(np.asarray, params), flax_params(theirs))
+    report = inspect(tmp_path / "vae")
+    assert (report.family, report.layout) == ("autoencoder", "diffusers folder")
+    assert report.parameters == sum(p.numel() for p in theirs.parameters())
+    with pytest.raises(InputError, match="an autoencoder and no UNet"):
+        load(tmp_path / "vae")
+    with pytest.raises(InputError, match="no weights of the variant 'fp16': it has only plain"):
+        load_vae(tmp_path / "vae", variant="fp16")
 
 
 def test_the_names_of_a_network_are_traced_once():

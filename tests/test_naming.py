@@ -1,5 +1,7 @@
 """One renaming rule between torch's keys and Linen's paths, and its inverse."""
 
+from pathlib import Path
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -154,6 +156,14 @@ def test_both_spellings_of_clip(cls, tmp_path):
     for rename in (str, other):
         tensors = write(tmp_path / "x.safetensors", module, params, rename)
         assert tiny.equal(naming.to_params(module, tensors), params)
+
+
+def test_keys_of_any_length_are_cut_where_they_are_shown():
+    long = "k" * 5000
+    assert len(naming.count([long])) < 120 and len(naming.count([long] * 4)) < 340
+    with pytest.raises(InputError, match="kkk") as refused:
+        safetensors.claim(long, {}, Path("x.safetensors"))
+    assert len(str(refused.value)) < 250
 
 
 def test_a_damaged_weight_is_named(tmp_path):

@@ -11,6 +11,7 @@ import tiny
 from tiny import save_sd1
 
 from sdjax.checkpoints import inspect, load, naming, pickles, safetensors
+from sdjax.checkpoints.autoencoder import load_autoencoder
 from sdjax.checkpoints.safetensors import Entry
 from sdjax.errors import InputError
 
@@ -187,6 +188,21 @@ def test_a_looping_link(folder, name):
     refused(folder, folder / name, "loop")
 
 
+def test_a_name_that_is_too_long(tmp_path):
+    refused(tmp_path / ("x" * 300), "cannot be read", "too long")
+    refused("x" * 300 + ".safetensors", "cannot be read", "too long")
+
+
+def test_a_folder_that_cannot_be_listed(folder, monkeypatch):
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(type(folder), "iterdir", refuse)
+    refused(folder, f"{folder}/", "cannot be listed (Permission denied)")
+    with pytest.raises(InputError, match="cannot be listed .Permission denied"):
+        load_autoencoder(folder / "vae")
+
+
 def test_a_looping_folder(tmp_path):
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
@@ -322,6 +338,22 @@ def test_parts_of_different_models(folder):
     refused(folder, "cross_attention_dim", "different models")
 
 
+def test_a_tokenizer_that_knows_more_than_its_text_encoder_embeds(folder):
+    path = folder / "tokenizer/tokenizer_config.json"
+    edit_json(path, model_max_length=78)
+    refused(folder, "'max_position_embeddings' of its text_encoder is 77", "78")
+    tokens = json.loads(path.read_text())["added_tokens_decoder"]
+    toy = {"49408": {"content": "<toy>"}}
+    edit_json(path, model_max_length=77, added_tokens_decoder=tokens | toy)
+    refused(folder, "'vocab_size' of its text_encoder is 49408", "49409 tokens", "saved together")
+    # A textual inversion has a row more, and its token is embedded.
+    edit_json(folder / "text_encoder/config.json", vocab_size=49409)
+    key = "text_model.embeddings.token_embedding.weight"
+    change(folder / TEXT, lambda a: a.update({key: np.concatenate([a[key], a[key][:1]])}))
+    model, _ = load(folder)
+    assert model.tokenizer(["a <toy>"]).ids.max() == 49408
+
+
 def shard(folder, weight_map):
     """Put the UNet's weights into two shards with this index."""
     arrays = {k: t.read().copy() for k, t in safetensors.open(folder / UNET).items()}
@@ -400,6 +432,19 @@ def test_arguments_that_do_not_fit_the_path(folder):
     refused(folder, "ema is for single files", ema=True)
     refused(folder, "'fp16'", variant="fp16")
     refused(folder / UNET, "variant is for folders", variant="fp16")
+
+
+def test_a_mistyped_path_does_not_go_to_the_hub(monkeypatch, tmp_path):
+    from huggingface_hub import HfApi
+
+    def ask(self, name, timeout):
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr(HfApi, "model_info", ask)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ckpts").mkdir()
+    for path in ("ckpts/x.safetensors", "ckpts/other", "nowhere/x.ckpt", "nowhere/X.CKPT"):
+        refused(path, path, "is not there: check the path")
 
 
 def test_a_hub_id_without_a_network(monkeypatch):

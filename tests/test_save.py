@@ -4,14 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 import tiny
 
-from sdjax.checkpoints import inspect, load, safetensors, save
+from sdjax.checkpoints import inspect, load, safetensors, save, single_file
 from sdjax.errors import InputError
+from sdjax.model import FrozenConfig
 
 
 @pytest.fixture(autouse=True)
@@ -44,9 +46,50 @@ def test_load_save_load_is_byte_equal(saved, tmp_path):
 
 def test_a_single_file_and_back(saved, tmp_path):
     path, model, params = saved
-    save(tmp_path / "x.safetensors", model, params)
+    with pytest.warns(UserWarning, match="x.safetensors does not hold the model's scheduler"):
+        save(tmp_path / "x.safetensors", model, params)
     keys = set(safetensors.open(tmp_path / "x.safetensors"))
     assert "model.diffusion_model.input_blocks.0.0.weight" in keys
+
+
+def test_a_single_file_says_what_it_does_not_hold(saved):
+    import peers
+
+    for family in ("sd1", "sd2", "sdxl", "x4-upscaler"):
+        config = json.loads(peers.scheduler(family).to_json_string())
+        model = replace(saved[1], family=family, scheduler=FrozenConfig.of(config))
+        assert single_file.lost(model) == "", family
+        for change in (
+            {"_class_name": "UniPCMultistepScheduler"},
+            {"timestep_spacing": "trailing"},
+            {"beta_end": 0.013},
+        ):
+            other = replace(model, scheduler=FrozenConfig.of(config | change))
+            assert "scheduler" in single_file.lost(other), (family, change)
+    # The markers say these, and their reader takes trailing timesteps.
+    said = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    config |= said | {"timestep_spacing": "trailing"}
+    model = replace(saved[1], family="x4-upscaler", scheduler=FrozenConfig.of(config))
+    assert single_file.lost(model) == ""
+
+
+@pytest.mark.parametrize("family", ["sd2", "sd1-inpaint"])
+def test_torch_diffusers_loads_other_families_with_equal_weights(family, tmp_path):
+    import diffusers
+    from peers import few_layers, flax_params, save_tiny_pipeline
+
+    theirs = save_tiny_pipeline(tmp_path / "theirs", family, **few_layers(family))
+    model, params = load(tmp_path / "theirs")
+    save(tmp_path / "ours", model, params)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours")
+    assert type(pipeline) is type(theirs)
+    for name in ("unet", "vae", "text_encoder"):
+        ours = jax.tree.map(np.asarray, params[name])
+        assert tiny.equal(ours, flax_params(getattr(pipeline, name))), name
+    for key in ("prediction_type", "set_alpha_to_one", "steps_offset", "beta_end"):
+        assert pipeline.scheduler.config[key] == theirs.scheduler.config[key], key
+    assert type(pipeline.scheduler) is type(theirs.scheduler)
+    assert pipeline.tokenizer.pad_token == theirs.tokenizer.pad_token
 
 
 def test_torch_diffusers_loads_it_with_equal_weights(saved):
@@ -180,8 +223,6 @@ print(json.dumps([size, status("VmHWM") - before]))
 @pytest.mark.parametrize("dtype", [[], ["bfloat16"]])
 def test_loading_peaks_at_most_1_3_times_the_params(saved, tmp_path_factory, dtype):
     """On 100 MB, one tensor of which is a fifth; real checkpoints have smaller parts."""
-    from dataclasses import replace
-
     from sdjax.models.unet import UNet
 
     path = tmp_path_factory.getbasetemp() / "large"

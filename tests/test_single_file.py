@@ -15,8 +15,8 @@ import pytest
 import tiny
 
 from sdjax import config as shipped
-from sdjax.checkpoints import compvis, openclip, safetensors, single_file
-from sdjax.checkpoints.detect import marked_prediction
+from sdjax.checkpoints import compvis, loading, openclip, safetensors, single_file
+from sdjax.checkpoints.detect import marked_prediction, module
 from sdjax.checkpoints.naming import to_params
 from sdjax.checkpoints.tensors import Tensor, Tensors
 from sdjax.errors import InputError
@@ -279,6 +279,32 @@ def test_layers_beyond_the_dropped_one_are_not_tolerated(names_only) -> None:
         single_file.read(unread(xl | extra))
 
 
+def test_a_layer_that_is_no_number_is_a_key_too_many(names_only) -> None:
+    for layer in ("x", "\u0661", "9" * 5000, "-1"):
+        key = f"cond_stage_model.model.transformer.resblocks.{layer}.attn.in_proj_weight"
+        with pytest.raises(InputError, match="file.safetensors has the key 'cond_stage_model.mod"):
+            single_file.read(unread(ldm.checkpoint("sd2") | {key: (3,)}), "sd2")
+
+
+def test_what_a_config_leaves_out_has_its_networks_default(folder, names_only) -> None:
+    configs = folder("sd1")
+    wanted = single_file.read(unread(ldm.checkpoint("sd1", tiny=True)), configs)
+    for part, keys in (("unet", ["layers_per_block", "in_channels"]), ("vae", ["latent_channels"])):
+        file = configs / part / "config.json"
+        table = json.loads(file.read_text())
+        file.write_text(json.dumps({k: v for k, v in table.items() if k not in keys}))
+    found = single_file.read(unread(ldm.checkpoint("sd1", tiny=True)), configs)
+    for part in WEIGHTS[:3]:
+        assert set(found[part][1]) == set(wanted[part][1])
+
+
+def test_a_pad_token_is_a_text_or_has_one() -> None:
+    assert loading.padding({"pad_token": {"content": "!", "lstrip": False}}, "x") == "!"
+    assert loading.padding({}, "x") == "<|endoftext|>"
+    with pytest.raises(InputError, match="config 'x.toml': 'pad_token' must be text"):
+        loading.padding({"pad_token": ["!"]}, "x.toml")
+
+
 def test_one_weight_under_two_keys_is_refused() -> None:
     shapes = ldm.checkpoint("sd1")
     twice = {"cond_stage_model.transformer.final_layer_norm.bias": (768,)}
@@ -306,7 +332,7 @@ def load(tensors: Tensors, configs: Path) -> tuple[types.SimpleNamespace, dict]:
     """A model and its params, without the bundle."""
     parts = single_file.read(tensors, configs)
     tables = {part: table for part, (table, _) in parts.items()}
-    nets = {part: single_file.module(part, tables[part]) for part in WEIGHTS if part in tables}
+    nets = {part: module(part, tables[part]) for part in WEIGHTS if part in tables}
     params = {part: to_params(net, parts[part][1]) for part, net in nets.items()}
     return types.SimpleNamespace(**nets, scheduler=tables["scheduler"]), params
 

@@ -241,9 +241,17 @@ def test_prompt_files_take_bom_cr_and_blank_lines(tmp_path):
     assert read_prompts(path) == ["a cat", "a d\u00f6g\u2028x", "\N{CAT}"]
 
 
+def test_prompt_files_may_end_their_lines_in_any_way(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"a cat\ra dog\r\r\na bird\na fish\n\r")
+    assert read_prompts(path) == ["a cat", "a dog", "a bird", "a fish"]
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
+        (b"ok\rfine\r\na\0b", "line 3: a NUL"),
+        (b"ok\rna\xefve\r", r"line 2: byte 3 \(0xef\) is not UTF-8"),
         (b"ok\nna\xefve\n", r"prompts.txt, line 2: byte 3 \(0xef\) is not UTF-8"),
         (b"ok\nfine\na\0b", "line 3: a NUL"),
         ("cat\n".encode("utf-16"), "line 1"),

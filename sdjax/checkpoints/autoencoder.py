@@ -70,7 +70,7 @@ def load_autoencoder(
 ) -> tuple[Autoencoder, dict[str, Any]]:
     """Load the folder of a KL or VQ autoencoder, by what its config says it is.
 
-    `load_vae` is for single files, and for whole checkpoints.
+    `load_vae` reads single files and whole checkpoints too, and KL autoencoders only.
 
     Args:
         where: a folder with config.json and weights.

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sdjax import config as shipped
 from sdjax.checkpoints.files import read_json
@@ -52,6 +52,7 @@ class Found(NamedTuple):
 
     name: str  # a shipped config's, or the path that was given
     configs: Configs  # component to its config, markers applied
+    modules: dict[str, Any]  # component with weights to its network
     places: dict[str, Place]  # the components that the file has
     note: str | None  # one line for the user, when something was assumed
 
@@ -64,8 +65,9 @@ def identify(tensors: Tensors, config: str | Path | None = None) -> Found:
         config: a shipped config's name, a .toml file or a diffusers folder; None to detect it.
 
     Raises:
-        InputError: not a Stable Diffusion single file, a part is missing, shapes that differ from
-            the config's, a marker that contradicts it, or nothing that tells two models apart.
+        InputError: not a Stable Diffusion single file, a part is missing, a config of no network
+            here, shapes that differ from the config's, a marker that contradicts it, or nothing
+            that tells two models apart.
     """
     refuse_others(tensors)
     places = layout(tensors)
@@ -86,9 +88,41 @@ def identify(tensors: Tensors, config: str | Path | None = None) -> Found:
                 f"{tensors.path} is a VAE alone, taken for one of Stable Diffusion 1 or 2 "
                 "(scaling factor 0.18215): give --config sdxl if it is SDXL's"
             )
+    modules = networks(configs, name)
     complete(tensors, configs, places, name)
-    compare(tensors, configs, places, name)
-    return Found(name, configs, places, note)
+    compare(tensors, modules, places, name)
+    return Found(name, configs, modules, places, note)
+
+
+def networks(configs: Configs, name: str) -> dict[str, Any]:
+    """The network of every component with weights: nothing of a config is used unchecked.
+
+    Raises:
+        InputError: naming the config, the class and the key that cannot be.
+    """
+    modules = {}
+    for part in WEIGHTS:
+        if part in configs:
+            try:
+                modules[part] = module(part, configs[part])
+            except InputError as error:
+                raise InputError(f"config {name!r}: {error}") from None
+    return modules
+
+
+def module(part: str, config: Mapping[str, Any]) -> Any:
+    """The network of a component's config."""
+    from sdjax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
+    from sdjax.models.unet import UNet
+    from sdjax.models.vae import AutoencoderKL
+
+    kinds: dict[str, Any] = {
+        "unet": UNet,
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel,
+        "text_encoder_2": CLIPTextModelWithProjection,
+    }
+    return kinds[part].from_config(dict(config))
 
 
 def layout(tensors: Tensors) -> dict[str, Place]:
@@ -178,16 +212,20 @@ def marked_prediction(tensors: Tensors) -> str | None:
 
 
 def apply_markers(tensors: Tensors, configs: Configs) -> None:
-    """Set the scheduler's prediction, and zero terminal SNR, to what the file says.
+    """Set the scheduler's prediction, and zero terminal SNR, to what the file says."""
+    configs["scheduler"] |= marks(marked_prediction(tensors), "ztsnr" in tensors)
+
+
+def marks(prediction: str | None, zero_snr: bool) -> dict[str, Any]:
+    """What a file's markers set in its family's scheduler.
 
     With zero terminal SNR the last timestep is pure noise and sampling must begin there, hence
     trailing timesteps (Lin et al. 2023, arXiv 2305.08891, section 3.3).
     """
-    prediction = marked_prediction(tensors)
-    if prediction is not None:
-        configs["scheduler"]["prediction_type"] = prediction
-    if "ztsnr" in tensors:
-        configs["scheduler"] |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    said: dict[str, Any] = {} if prediction is None else {"prediction_type": prediction}
+    if zero_snr:
+        said |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return said
 
 
 def contradicts(tensors: Tensors, configs: Configs, name: str) -> None:
@@ -222,29 +260,31 @@ def complete(tensors: Tensors, configs: Configs, places: Mapping[str, Place], na
         )
 
 
-def compare(tensors: Tensors, configs: Configs, places: Mapping[str, Place], name: str) -> None:
-    """Refuse a file whose characteristic widths are not the config's.
+def compare(
+    tensors: Tensors, modules: Mapping[str, Any], places: Mapping[str, Place], name: str
+) -> None:
+    """Refuse a file whose characteristic widths are not the config's networks'.
 
     Every shape is checked when the weights are loaded; these few tell a wrong config from a damaged
     file.
     """
     signs: list[tuple[str, dict[int, int]]] = []  # key, and the lengths of some of its axes
     if "unet" in places:
-        unet = configs["unet"]
-        width = unet["block_out_channels"][0]
-        signs.append((f"{UNET}input_blocks.0.0.weight", {0: width, 1: unet["in_channels"]}))
+        unet = modules["unet"]
+        axes = {0: unet.block_out_channels[0], 1: unet.in_channels}
+        signs.append((f"{UNET}input_blocks.0.0.weight", axes))
         context = next(contexts(tensors), None)
-        if context is not None and isinstance(unet.get("cross_attention_dim"), int):
-            signs.append((context.name, {1: unet["cross_attention_dim"]}))
+        if context is not None:
+            signs.append((context.name, {1: unet.cross_attention_dim}))
     if "vae" in places:
-        vae, prefix = configs["vae"], places["vae"].prefix
-        first, last = vae["block_out_channels"][0], vae["block_out_channels"][-1]
+        vae, prefix = modules["vae"], places["vae"].prefix
+        first, last = vae.block_out_channels[0], vae.block_out_channels[-1]
         signs.append((f"{prefix}encoder.conv_in.weight", {0: first}))
-        signs.append((f"{prefix}decoder.conv_in.weight", {0: last, 1: vae["latent_channels"]}))
+        signs.append((f"{prefix}decoder.conv_in.weight", {0: last, 1: vae.latent_channels}))
     for part in ("text_encoder", "text_encoder_2"):
         if part in places:
-            text, prefix = configs[part], places[part].prefix
-            axes = {0: text["vocab_size"], 1: text["hidden_size"]}
+            text, prefix = modules[part].text, places[part].prefix
+            axes = {0: text.vocab_size, 1: text.hidden_size}
             table = "embeddings.token_embedding.weight"
             for key in ("token_embedding.weight", f"text_model.{table}", table):
                 signs.append((prefix + key, axes))

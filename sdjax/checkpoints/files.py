@@ -27,13 +27,13 @@ def refuse_impostor(path: Path, what: str = "weights") -> None:
     try:
         kind = path.stat()
     except FileNotFoundError:
-        if path.is_symlink():
+        if os.path.islink(path):
             raise InputError(
                 f"{path} is a link to {os.readlink(path)!r}, which is not there: {AGAIN}"
             ) from None
         raise InputError(f"{path} is not there: check the path") from None
     except OSError as error:
-        if path.is_symlink():
+        if os.path.islink(path):
             raise InputError(f"{path} is a link in a loop: {AGAIN}") from None
         raise InputError(f"{path} cannot be read ({error.strerror}): check the path") from None
     if path.is_dir():

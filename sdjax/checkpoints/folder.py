@@ -100,13 +100,7 @@ def open(path: Path, variant: str | None = None) -> Folder:
             raise InputError(
                 f"{path / name} is not there, and {path / INDEX} names it: complete the download"
             )
-    variants = {name: variants_in(path / name) for name in networks}
-    if variant is not None and not any(variant in found for found in variants.values()):
-        known = sorted({v for found in variants.values() for v in found if v})
-        raise InputError(
-            f"{path} has no weights of the variant {variant!r}: it has "
-            f"{', '.join(map(repr, known)) if known else 'only plain ones'}"
-        )
+    has_variant(path, variant, [variants_in(path / name) for name in networks])
     configs = {}
     for name in networks:
         part = path / name
@@ -129,6 +123,29 @@ def open(path: Path, variant: str | None = None) -> Folder:
     for name, config in configs.items():
         folder.networks[name] = Component(path / name, config, weights(path / name, variant))
     return folder
+
+
+def autoencoder(path: Path, variant: str | None = None) -> Component | None:
+    """The one network of a folder that is an autoencoder's alone; None if it is anything else."""
+    config = path / "config.json"
+    if (path / INDEX).exists() or not config.is_file():
+        return None
+    read = read_json(config)
+    if read.get("_class_name") != NETWORKS["vae"][1]:
+        return None
+    has_variant(path, variant, [variants_in(path)])
+    return Component(path, read, weights(path, variant))
+
+
+def has_variant(path: Path, variant: str | None, found: Iterable[Mapping[str | None, str]]) -> None:
+    """Refuse a variant that none of a folder's components has."""
+    has = {name for variants in found for name in variants}
+    if variant is not None and variant not in has:
+        known = sorted(name for name in has if name)
+        raise InputError(
+            f"{path} has no weights of the variant {variant!r}: it has "
+            f"{', '.join(map(repr, known)) if known else 'only plain ones'}"
+        )
 
 
 def named(value: Any) -> bool:
@@ -253,7 +270,17 @@ def shards_of(index: str, names: Iterable[str]) -> list[str]:
 
 def variants_in(part: Path) -> dict[str | None, str]:
     """The variants of a component's weights, and the file of each."""
-    return candidates(sorted(p.name for p in part.iterdir()))
+    return candidates(listed(part))
+
+
+def listed(part: Path) -> list[str]:
+    """The names in a folder, sorted."""
+    try:
+        return sorted(p.name for p in part.iterdir())
+    except OSError as error:
+        raise InputError(
+            f"{part} cannot be listed ({error.strerror}): check the path and its mode"
+        ) from None
 
 
 def choose(found: Mapping[str | None, str], variant: str | None, part: str | Path) -> str:
@@ -271,7 +298,7 @@ def choose(found: Mapping[str | None, str], variant: str | None, part: str | Pat
 
 def weights(part: Path, variant: str | None) -> Tensors:
     """The tensors of one component, whichever way its files lie."""
-    names = sorted(p.name for p in part.iterdir())
+    names = listed(part)
     found = candidates(names)
     if not found:
         shards = [name for name in names if _SHARD.fullmatch(name)]

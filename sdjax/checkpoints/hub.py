@@ -1,17 +1,26 @@
 """Hub ids: a checkpoint by its name, through huggingface_hub where there is a network."""
 
+import os
 import re
 from pathlib import Path, PurePosixPath
 
 from sdjax.checkpoints import folder
 from sdjax.errors import InputError
 
+FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".toml")
+"""What files end in and no model's name does."""
+
 _PATIENCE = 10.0  # seconds for the Hub to answer before the cache is taken
 
 
 def is_id(where: str) -> bool:
-    """Whether a string could be a model on the Hub: "org/name"."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", where) is not None
+    """Whether a string could be a model on the Hub: "org/name", and no path mistyped.
+
+    A path is what ends as a file does, or begins with a folder that is here.
+    """
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", where) is None:
+        return False
+    return not where.lower().endswith(FILES) and not os.path.isdir(where.partition("/")[0])
 
 
 def download(name: str, variant: str | None = None) -> Path:

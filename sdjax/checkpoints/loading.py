@@ -16,7 +16,7 @@ from sdjax.checkpoints.tensors import Tensor, floating
 from sdjax.diffusion.schedules import Schedule
 from sdjax.errors import InputError
 from sdjax.model import FrozenConfig, Model
-from sdjax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from sdjax.models.clip import CLIPTextModel, CLIPTextModelWithProjection, TextConfig
 from sdjax.models.unet import UNet
 from sdjax.models.vae import AutoencoderKL
 from sdjax.text import Tokenizer
@@ -116,7 +116,7 @@ def load_vae(
     config: str | os.PathLike | None = None,
     variant: str | None = None,
 ) -> tuple[AutoencoderKL, dict[str, Any]]:
-    """Load an autoencoder alone: from a VAE-only file, or out of a whole checkpoint.
+    """Load an autoencoder alone: from a VAE-only file or folder, or out of a whole checkpoint.
 
     Arguments and errors are those of `load`.
     """
@@ -144,23 +144,35 @@ def open_checkpoint(
         InputError: as `load`, but for what only the weights themselves show.
     """
     path = bundled.place(where)
-    if not path.exists() and not path.is_symlink() and hub.is_id(os.fspath(where)):
-        path = hub.download(os.fspath(where), variant)
-    if path.is_dir():
-        for name, value in (("config", config), ("ema", ema)):
-            if value:
-                raise InputError(
-                    f"{name} is for single files, and {path} is a folder, whose own files say: "
-                    "leave it out"
-                )
-        return open_folder(path, variant)
-    if variant is not None:
-        raise InputError(f"variant is for folders, and {path} is not one: leave it out")
-    return open_file(path, config, ema)
+    try:
+        if not path.exists() and not path.is_symlink() and hub.is_id(os.fspath(where)):
+            path = hub.download(os.fspath(where), variant)
+        if path.is_dir():
+            for name, value in (("config", config), ("ema", ema)):
+                if value:
+                    raise InputError(
+                        f"{name} is for single files, and {path} is a folder, whose own files say: "
+                        "leave it out"
+                    )
+            return open_folder(path, variant)
+        if variant is not None:
+            raise InputError(f"variant is for folders, and {path} is not one: leave it out")
+        return open_file(path, config, ema)
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or path} cannot be read ({error.strerror or error}): check the path "
+            "and its mode"
+        ) from None
 
 
 def open_folder(path: Path, variant: str | None = None) -> Source:
-    """`open` for a diffusers folder."""
+    """`open` for a diffusers folder, or for one of an autoencoder alone."""
+    path = folder.snapshot(path)
+    alone = folder.autoencoder(path, variant)
+    if alone is not None:
+        said, weights = path / "config.json", alone.tensors
+        vae = network("vae", alone.config, weights, said, weights.path)
+        return Source(path, {"vae": vae}, {}, {}, {})
     opened = folder.open(path, variant)
     networks = {}
     for name, part in opened.networks.items():
@@ -191,21 +203,33 @@ def open_file(path: Path, config: str | os.PathLike | None, ema: bool) -> Source
     }
     plain = {name: dict(part[0]) for name, part in parts.items() if name not in CLASSES}
     tokenizers = {
-        name: Tokenizer.clip(plain[name].get("pad_token", "<|endoftext|>"))
+        name: Tokenizer.clip(padding(plain[name], found.name))
         for name in folder.TOKENIZERS
         if name in plain
     }
     scheduler = plain.get("scheduler", {})
+    if "unet" in networks:
+        schedule(scheduler, Path(found.name))
     index, note = plain.get("model_index", {}), found.note or ""
     source = Source(path, networks, index, scheduler, tokenizers, note)
     return complete(source) if "unet" in networks else source
+
+
+def padding(config: Mapping[str, Any], name: str) -> str:
+    """The pad token in a tokenizer's config: a text, or a dict of its flags, as older ones have."""
+    token = config.get("pad_token", "<|endoftext|>")
+    token = token.get("content") if isinstance(token, Mapping) else token
+    if not isinstance(token, str):
+        raise InputError(f"config {name!r}: 'pad_token' must be text, got {token!r:.80}")
+    return token
 
 
 def complete(source: Source) -> Source:
     """Check that the networks fit together.
 
     Raises:
-        InputError: no text encoder, or states that the UNet does not take.
+        InputError: no text encoder, tokens that it does not embed, or states that the UNet does not
+            take.
     """
     modules = {name: n.module for name, n in source.networks.items()}
     encoders = [modules[name] for name in ("text_encoder", "text_encoder_2") if name in modules]
@@ -213,6 +237,10 @@ def complete(source: Source) -> Source:
     if vae is None or not encoders:
         what = "autoencoder" if vae is None else "text encoder"
         raise InputError(f"{source.path} has a UNet and no {what}: give a whole checkpoint")
+    for name, tokenizer in source.tokenizers.items():
+        part = name.replace("tokenizer", "text_encoder")
+        if part in modules:
+            embeds(source.path, part, modules[part].text, tokenizer)
     width = sum(encoder.text.hidden_size for encoder in encoders)
     if width != unet.cross_attention_dim:
         raise InputError(
@@ -225,6 +253,24 @@ def complete(source: Source) -> Source:
             f"has {vae.latent_channels} 'latent_channels': the parts belong to different models"
         )
     return source
+
+
+def embeds(path: Path, part: str, text: TextConfig, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer whose ids or whose length a text encoder has no embedding for."""
+    for key, has, needs, what in (
+        ("vocab_size", text.vocab_size, tokenizer.size, "knows {} tokens"),
+        (
+            "max_position_embeddings",
+            text.max_position_embeddings,
+            tokenizer.length,
+            "gives {} a prompt",
+        ),
+    ):
+        if needs > has:
+            raise InputError(
+                f"{path}: {key!r} of its {part} is {has}, and its tokenizer {what.format(needs)}: "
+                "use the tokenizer and the text encoder that were saved together"
+            )
 
 
 def network(

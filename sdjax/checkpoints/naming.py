@@ -114,8 +114,8 @@ def respell(tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tenso
                 name = renamed if renamed in wanted else name
         if name in spelled:
             raise InputError(
-                f"{tensor.path}: {spelled[name].name!r} and {key!r} are two spellings of one "
-                "weight: keep one of them"
+                f"{tensor.path}: {spelled[name].name[:100]!r} and {key[:100]!r} are two spellings "
+                "of one weight: keep one of them"
             )
         spelled[name] = tensor
     return spelled
@@ -140,8 +140,8 @@ def check(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -
     for key, tensor in tensors.items():
         if tensor.dtype not in FLOATS and not TOLERATED.fullmatch(key):
             raise InputError(
-                f"{tensor.path}: tensor {tensor.name!r} is {tensor.dtype.name}, where a float "
-                "belongs: use an unquantised checkpoint in float32, float16 or bfloat16"
+                f"{tensor.path}: tensor {tensor.name[:100]!r} is {tensor.dtype.name}, where a "
+                "float belongs: use an unquantised checkpoint in float32, float16 or bfloat16"
             )
     wanted = leaves(module)
     found = respell(tensors, module)
@@ -172,8 +172,8 @@ def check(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -
 def count(keys: list[str]) -> str:
     """How many keys, and the first few of them."""
     if len(keys) == 1:
-        return f"the key {keys[0]!r}"
-    shown = ", ".join(repr(key) for key in keys[:3])
+        return f"the key {keys[0][:100]!r}"
+    shown = ", ".join(repr(key[:100]) for key in keys[:3])
     return f"{len(keys)} keys ({shown}{', ...' if len(keys) > 3 else ''})"
 
 

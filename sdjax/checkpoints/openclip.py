@@ -47,27 +47,26 @@ def is_dropped(key: str, config: Mapping[str, Any]) -> bool:
 
 
 def to_transformers(
-    key: str, tensor: Tensor, config: Mapping[str, Any], back: Mapping[str, str]
+    key: str, tensor: Tensor, back: Mapping[str, str]
 ) -> Iterator[tuple[str, Tensor]]:
     """One of OpenCLIP's tensors as transformers' one or three, without `text_model.`.
 
     Args:
         key: the key without the single file's prefix.
         tensor: the unread tensor; what is yielded is a view of it.
-        config: the text encoder's.
         back: `inverse(table(config))`.
 
     Yields:
         Nothing for a key that is not OpenCLIP's.
     """
     block, _, leaf = key.rpartition(".attn.in_proj_")
-    if block.startswith("transformer.resblocks.") and leaf in ("weight", "bias"):
+    # The table says which layers there are; what a key has in a number's place is any text.
+    if f"{block}.ln_1" in back and leaf in ("weight", "bias"):
         layer = block.rpartition(".")[2]
-        if int(layer) < config["num_hidden_layers"]:
-            width = tensor.shape[0] // 3 if tensor.shape else 0
-            for i, name in enumerate(FUSED):
-                part = tensor.rows(i * width, (i + 1) * width)
-                yield f"encoder.layers.{layer}.self_attn.{name}.{leaf}", part
+        width = tensor.shape[0] // 3 if tensor.shape else 0
+        for i, name in enumerate(FUSED):
+            part = tensor.rows(i * width, (i + 1) * width)
+            yield f"encoder.layers.{layer}.self_attn.{name}.{leaf}", part
         return
     if key == PROJECTION:
         yield f"{PROJECTION}.weight", tensor.transposed()

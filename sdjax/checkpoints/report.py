@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdjax.checkpoints import digest
-from sdjax.checkpoints.loading import Network, open_checkpoint
-from sdjax.diffusion.schedules import Schedule
+from sdjax.checkpoints.loading import Network, open_checkpoint, schedule
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def inspect(
     source = open_checkpoint(where, config=config, variant=variant)
     parts = tuple(part(name, network) for name, network in source.networks.items())
     paths = {t.path: None for n in source.networks.values() for t in n.tensors.values()}
-    prediction = Schedule.from_config(source.scheduler).prediction if source.scheduler else "none"
+    prediction = schedule(source.scheduler, source.path).prediction if source.scheduler else "none"
     folder = source.path.is_dir()
     suffix = "safetensors" if source.path.suffix == ".safetensors" else "pickle"
     return Report(

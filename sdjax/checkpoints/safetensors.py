@@ -109,7 +109,7 @@ def parse(header: bytes, path: Path) -> dict[str, Any]:
 
 def claim(key: str, value: Any, path: Path) -> Claim:
     """One entry of the header, its types, ranges and size checked."""
-    at = f"{path}: tensor {key!r}"
+    at = f"{path}: tensor {key[:100]!r}"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise InputError(f"{at} must have exactly dtype, shape and data_offsets: {AGAIN}")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -147,11 +147,12 @@ def tile(claims: list[Claim], size: int, path: Path) -> None:
     for c in sorted(claims, key=lambda c: (c.start, c.stop)):
         if c.stop > size:
             raise InputError(
-                f"{path} is cut short: tensor {c.key!r} ends at byte {c.stop} of {size}: {AGAIN}"
+                f"{path} is cut short: tensor {c.key[:100]!r} ends at byte {c.stop} of {size}: "
+                f"{AGAIN}"
             )
         if c.start != at:
             how = "overlaps the one before it" if c.start < at else "leaves a gap before it"
-            raise InputError(f"{path}: tensor {c.key!r} {how} at byte {c.start}: {AGAIN}")
+            raise InputError(f"{path}: tensor {c.key[:100]!r} {how} at byte {c.start}: {AGAIN}")
         at = c.stop
     if at != size:
         raise InputError(f"{path}: {size - at} bytes follow the last tensor: {AGAIN}")

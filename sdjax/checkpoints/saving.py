@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +60,13 @@ def save(
         if path.is_dir():
             raise InputError(f"{path} is a folder: give another path for a single file")
         single_file.write(path, model, params, target)
+        lost = single_file.lost(model)
+        if lost:
+            warnings.warn(
+                f"{path} does not hold {lost}: keep the folder, and load the file with config= "
+                "(--config) of it",
+                stacklevel=2,
+            )
         return path
     if taken and not (path / INDEX).is_file():
         raise InputError(f"{path} is not a checkpoint, so it is not replaced: give another path")

@@ -12,12 +12,16 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from sdjax import config as shipped
 from sdjax.checkpoints import compvis, detect, naming, openclip, safetensors
 from sdjax.checkpoints.compvis import inverse, rename
 from sdjax.checkpoints.detect import TITLES, UNET, VAE, Found, Place
 from sdjax.checkpoints.tensors import Tensor, Tensors
+from sdjax.diffusion import profiles
+from sdjax.diffusion.schedules import Schedule
 from sdjax.errors import InputError
 
 EMA = "model_ema."
@@ -69,9 +73,9 @@ def parts(
     if ema and "unet" in found.places:
         tensors = averaged(tensors)
     read: dict[str, dict[str, Tensor]] = {part: {} for part in found.places}
-    converts = {
-        part: converter(part, found.configs[part], place) for part, place in found.places.items()
-    }
+    # A network's own config, not the one read: every key is there, and in its range.
+    configs = {part: found.modules[part].config() for part in found.places}
+    converts = {part: converter(part, configs[part], at) for part, at in found.places.items()}
     strays = []
     for key, tensor in tensors.items():
         part = next((p for p, at in found.places.items() if key.startswith(at.prefix)), "")
@@ -79,8 +83,8 @@ def parts(
         for name, view in renamed:
             if name in read[part]:
                 raise InputError(
-                    f"{tensors.path} has one weight under two keys, {read[part][name].name!r} and "
-                    f"{key!r}: remove one of them"
+                    f"{tensors.path} has one weight under two keys, "
+                    f"{read[part][name].name[:100]!r} and {key[:100]!r}: remove one of them"
                 )
             read[part][name] = view
         if not renamed and not TOLERATED.fullmatch(key) and not dropped(key, found):
@@ -99,9 +103,8 @@ def parts(
 def whole(tensors: Tensors, found: Found, read: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Refuse a file that lacks a weight, naming its key as the file would spell it."""
     for part, place in found.places.items():
-        config = found.configs[part]
-        spell = write_names(part, config, place)
-        wanted = naming.expected(module(part, config))
+        spell = write_names(part, found.modules[part].config(), place)
+        wanted = naming.expected(found.modules[part])
         missing = list(dict.fromkeys(spell(key) for key in wanted if key not in read[part]))
         if missing:
             raise InputError(
@@ -109,21 +112,6 @@ def whole(tensors: Tensors, found: Found, read: Mapping[str, Mapping[str, Tensor
                 f"{found.name!r} describes: use a complete download, or the config that belongs to "
                 "these weights"
             )
-
-
-def module(part: str, config: Mapping[str, Any]) -> Any:
-    """The network of a component's config."""
-    from sdjax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
-    from sdjax.models.unet import UNet
-    from sdjax.models.vae import AutoencoderKL
-
-    kinds: dict[str, Any] = {
-        "unet": UNet,
-        "vae": AutoencoderKL,
-        "text_encoder": CLIPTextModel,
-        "text_encoder_2": CLIPTextModelWithProjection,
-    }
-    return kinds[part].from_config(dict(config))
 
 
 Convert = Callable[[str, Tensor], Iterator[tuple[str, Tensor]]]
@@ -153,7 +141,7 @@ def converter(part: str, config: Mapping[str, Any], place: Place) -> Convert:
         projected = part == "text_encoder_2"
 
         def from_openclip(key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-            for name, view in openclip.to_transformers(key[start:], tensor, config, back):
+            for name, view in openclip.to_transformers(key[start:], tensor, back):
                 if not name.startswith(openclip.PROJECTION):
                     yield wrapper + name, view
                 elif projected:
@@ -175,7 +163,8 @@ def dropped(key: str, found: Found) -> bool:
     place = found.places.get("text_encoder")
     if place is None or place.style != "openclip" or not key.startswith(place.prefix):
         return False
-    return openclip.is_dropped(key[len(place.prefix) :], found.configs["text_encoder"])
+    config = found.modules["text_encoder"].config()
+    return openclip.is_dropped(key[len(place.prefix) :], config)
 
 
 def averaged(tensors: Tensors) -> Tensors:
@@ -257,15 +246,50 @@ def write(
     entries: list[safetensors.Entry] = []
     for part, place in places(configs).items():
         entries.extend(_entries(part, configs[part], place, params[part], dtype))
-    velocity = scheduler.get("prediction_type") == "v_prediction"
+    prediction, zero_snr = markers(scheduler)
+    velocity = prediction == "v_prediction"
     empty = np.zeros((0,), np.float32)
     if velocity:
         entries.append(safetensors.Entry("v_pred", (0,), empty.dtype, lambda: empty))
-    if scheduler.get("rescale_betas_zero_snr"):
+    if zero_snr:
         entries.append(safetensors.Entry("ztsnr", (0,), empty.dtype, lambda: empty))
     metadata = {"format": "pt", "modelspec.sai_model_spec": "1.0.0"}
     metadata["modelspec.prediction_type"] = "v" if velocity else "epsilon"
     safetensors.write(path, entries, metadata)
+
+
+def markers(scheduler: Mapping[str, Any]) -> tuple[str, bool]:
+    """What a file can say of a scheduler: what the UNet predicts, and zero terminal SNR."""
+    velocity = scheduler.get("prediction_type") == "v_prediction"
+    zero_snr = bool(scheduler.get("rescale_betas_zero_snr"))
+    return "v_prediction" if velocity else "epsilon", zero_snr
+
+
+def lost(model: Any) -> str:
+    """What a single file of a model will not say, in a few words; "" where it says all.
+
+    A file's reader takes its family's scheduler, with the markers applied. What matters of a config
+    is the run that it gives, so the two runs are compared, and the training schedules.
+    """
+    own, name = model.scheduler.dict(), model.family or "sd1"
+    other = shipped.read(name)["scheduler"] | detect.marks(*markers(own))
+    same = Schedule.from_config(own) == Schedule.from_config(other)
+    if same and _run(own, model.steps) == _run(other, model.steps):
+        return ""
+    kinds = [config.get("_class_name", "no class") for config in (own, other)]
+    return (
+        f"the model's scheduler ({kinds[0]}), in place of which {name}'s own ({kinds[1]}) is read"
+    )
+
+
+def _run(config: Mapping[str, Any], steps: int) -> Any:
+    """What a scheduler's config comes to, comparable; a config of no run equals nothing."""
+    try:
+        plan = profiles.diffusers(config, steps)._replace(note=None)
+    except InputError:
+        return object()
+    leaves, tree = jax.tree.flatten(plan)
+    return tree, [np.asarray(leaf).tobytes() for leaf in leaves]
 
 
 def _entries(
