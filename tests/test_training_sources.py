@@ -319,6 +319,13 @@ def test_links_in_circles_end(tmp_path):
     assert len(data.open(root)) == 1
 
 
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_metadata_that_cannot_be_read_is_refused(tmp_path, name):
+    os.symlink(tmp_path / "nowhere", tmp_path / name)
+    with pytest.raises(InputError, match=rf"{name} cannot be read: No such file"):
+        data.open(tmp_path)
+
+
 def test_what_holds_no_pictures_is_refused(tmp_path):
     with pytest.raises(InputError, match="neither a folder nor a file"):
         data.open(tmp_path / "nowhere")

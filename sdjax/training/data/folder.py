@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from sdjax.errors import InputError
 from sdjax.training.data.pixels import decode
@@ -162,8 +162,17 @@ def _keys(row: Mapping[str, Any]) -> str:
     return ", ".join(repr(k) for k in row) or "nothing"
 
 
+def _opened(path: str, newline: str | None = None) -> TextIO:
+    try:
+        return Path(path).open(encoding="utf-8-sig", newline=newline)
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read: {error.strerror or error}: mend it, or take it away"
+        ) from None
+
+
 def _lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    with Path(path).open(encoding="utf-8-sig") as file:
+    with _opened(path) as file:
         number = 0
         try:
             for number, line in enumerate(file, 1):
@@ -182,7 +191,7 @@ def _lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    with Path(path).open(encoding="utf-8-sig", newline="") as file:
+    with _opened(path, newline="") as file:
         reader = csv.DictReader(file)
         try:
             for row in reader:
