@@ -29,6 +29,7 @@ class DiffusionLoss:
 
     - `kind`: "l2", "l1", or "huber": 2c (sqrt(d^2 + c^2) - c), c = `huber_scale`.
     - `min_snr_gamma`: gamma of Hang et al. 2023 (arXiv 2303.09556), 5 there; None weighs all alike.
+      Where no signal is left, as at the end under `zero_snr`, the weight is 1.
     - `offset_noise`: deviation of noise that is one number a channel, added to the noise (0.1).
     - `perturbation`: deviation of noise that is added to the network's input only (Ning et al.
       2023, arXiv 2301.11706; 0.1).

@@ -42,7 +42,9 @@ def groups(params: dict[str, Any]) -> Any:
 
 
 def rate(settings: Optimizer, peak: float, steps: int) -> optax.Schedule:
-    """The learning rate by step: linear from 0 to `peak`, then flat, or down half a cosine."""
+    """The learning rate by step: in a line from `peak` / warmup to `peak`, then flat, or down half
+    a cosine.
+    """
     if settings.schedule == "cosine":
         fall = max(1, steps - settings.warmup)
         after = optax.cosine_decay_schedule(peak, fall, alpha=settings.final)
@@ -50,7 +52,7 @@ def rate(settings: Optimizer, peak: float, steps: int) -> optax.Schedule:
         after = optax.constant_schedule(peak)
     if not settings.warmup:
         return after
-    # The first step already moves: peak / warmup, not 0.
+    # The first step already moves.
     rise = optax.linear_schedule(peak / settings.warmup, peak, settings.warmup - 1)
     return optax.join_schedules([rise, after], [settings.warmup])
 

@@ -96,7 +96,7 @@ class Optimizer:
     learning_rate: float = number(1e-4, over=True)
     """At its peak."""
     warmup: int = whole(0)
-    """Steps over which it rises from 0 in a straight line."""
+    """Steps over which it rises in a straight line: the first has 1 / warmup of the peak."""
     schedule: str = choice("constant", ("constant", "cosine"))
     """After the warm-up: as it is, or down half a cosine to the last step (1608.03983)."""
     final: float = number(0.0, high=1.0)
@@ -134,7 +134,8 @@ class Loss:
     perturbation: float = number(0.0, high=1.0, only=SECOND)
     """Noise on the network's input alone (2301.11706, 0.1 there); 0 is off."""
     min_snr_gamma: float | None = number(None, over=True, only=SECOND)
-    """Where min-SNR weighting caps the SNR (2303.09556), 5 in the paper; left out, it is off."""
+    """Where min-SNR weighting caps the SNR (2303.09556), 5 in the paper; left out, it is off. Where
+    no signal is left (zero_snr) the weight is 1, for the formula's is 0 or undefined there."""
     offset_noise: float = number(0.0, high=1.0, only=SECOND)
     """Noise added that is constant over a channel, relative to the rest; 0 is off."""
     caption_dropout: float = number(0.1, high=1.0, only=SECOND)
