@@ -210,6 +210,24 @@ def test_a_finetuned_checkpoint_is_still_one_and_has_moved(home, bundle):
     assert not tiny.equal(before["unet"], after["unet"])
 
 
+def test_a_codebook_and_a_discriminator_learn_together(home):
+    """The discriminator counts from the second step on; its norms are the batch's own."""
+    table = SMALL["vae"] | {"_class_name": "VQModel", "num_vq_embeddings": 16, "sample_size": 64}
+    (home / "vq.toml").write_text(toml({"vae": table}))
+    loss = {"discriminator": True, "disc_start": 1, "codebook_legacy": False, "codebook_beta": 0.5}
+    small = {"source": str(home / "photos"), "height": 32, "width": 32}
+    config = {"config": str(home / "vq.toml")}
+    folder, _ = trained("first_stage", home / "vq", model=config, data=small, loss=loss)
+    first, second = map(json.loads, (folder.parent / "metrics.jsonl").read_text().splitlines())
+    assert first["disc_loss"] == first["d_weight"] == first["grad_norm/discriminator"] == 0
+    assert min(second[n] for n in ("disc_loss", "d_weight", "grad_norm/discriminator")) > 0
+    assert 1 <= second["perplexity"] <= 16 and second["codebook"] > 0
+    assert json.loads((folder / "config.json").read_text())["_class_name"] == "VQModel"
+    tables = {"kind": "first_stage", "run": STEPS | {"out": "no"}, "model": config, "data": small}
+    stage = job(settings.from_dict(tables | {"loss": loss}), print).stage
+    assert (stage.loss.legacy, stage.loss.beta, stage.loss.ema_decay) == (False, 0.5, None)
+
+
 def test_a_lora_is_written_and_changes_the_unet(home, bundle):
     from sdjax.checkpoints.lora import load_lora
     from sdjax.models.lora import merge

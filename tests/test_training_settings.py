@@ -249,6 +249,7 @@ def test_defaults_are_those_of_the_losses():
         assert getattr(ours, name) == getattr(theirs, name), name
     first = FirstStageLoss()
     renamed = {"pixel": "pixel_loss", "codebook_beta": "beta", "codebook_decay": "ema_decay"}
+    renamed |= {"codebook_legacy": "legacy"}
     same = ("reduction", "learn_logvar", "kl_weight", "codebook_weight", "perceptual_weight")
     same += ("disc_start", "disc_weight", "disc_factor", "disc_loss", *renamed)
     for name in same:

@@ -83,6 +83,7 @@ def first(run: Run, process: tuple[int, int]) -> Job:
         disc_loss=run.loss.disc_loss,
         codebook_weight=run.loss.codebook_weight,
         beta=run.loss.codebook_beta,
+        legacy=run.loss.codebook_legacy,
         ema_decay=run.loss.codebook_decay,
         learn_logvar=run.loss.learn_logvar,
         reduction=run.loss.reduction,

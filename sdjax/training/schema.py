@@ -153,7 +153,11 @@ class Loss:
     kl_weight: float = number(1e-6, only=FIRST)
     codebook_weight: float = number(1.0, only=FIRST)
     codebook_beta: float = number(0.25, only=FIRST)
-    """Of the commitment (1711.00937, equation 3)."""
+    """Of the smaller of a codebook's two terms: which one that is, `codebook_legacy` says."""
+    codebook_legacy: bool = flag(True, only=FIRST)
+    """Whether beta weighs the codebook's term, as in latent-diffusion and diffusers; or else the
+    commitment's, as in 1711.00937, equation 3. Without effect where `codebook_decay` is set: there
+    the commitment is all, and beta its weight."""
     codebook_decay: float | None = number(None, high=1.0, under=True, only=FIRST)
     """Of a codebook that follows averages (1711.00937, appendix A.1), 0.99 there; left out, it
     learns by gradients."""
