@@ -228,6 +228,44 @@ def test_a_codebook_and_a_discriminator_learn_together(home):
     assert (stage.loss.legacy, stage.loss.beta, stage.loss.ema_decay) == (False, 0.5, None)
 
 
+@pytest.mark.parametrize(
+    ("table", "change", "said"),
+    [
+        ("scheduler", None, r"small.toml has no \[scheduler\]: a model needs one"),
+        (
+            "unet",
+            {"cross_attention_dim": 48},
+            r"\[unet\] cross_attention_dim is 48, and hidden_size of \[text_encoder\] gives 32",
+        ),
+        (
+            "text_encoder",
+            {"vocab_size": 838},
+            r"\[text_encoder\] vocab_size is 838, and \[tokenizer\] knows 839 tokens: set vocab_si",
+        ),
+        (
+            "text_encoder",
+            {"max_position_embeddings": 16},
+            r"max_position_embeddings is 16, and \[tokenizer\] makes 32 tokens of a prompt",
+        ),
+        ("unet", {"out_channels": 8}, "out_channels is 8, and the autoencoder's latent_channels 4"),
+    ],
+)
+def test_a_config_whose_parts_do_not_fit_is_refused(bundle, tmp_path, table, change, said):
+    config = {name: SMALL[name] | (change or {} if name == table else {}) for name in SMALL}
+    if change is None:
+        del config[table]
+    (tmp_path / "small.toml").write_text(toml(config))
+    tables = {
+        "kind": "second_stage",
+        "run": STEPS | {"out": str(tmp_path / "no")},
+        "model": {"config": str(tmp_path / "small.toml"), "vae": str(bundle[0])},
+        "data": SCENES,
+    }
+    with pytest.raises(InputError, match=said) as error:
+        job(settings.from_dict(tables), print)
+    assert "\n" not in str(error.value)
+
+
 def test_a_lora_is_written_and_changes_the_unet(home, bundle):
     from sdjax.checkpoints.lora import load_lora
     from sdjax.models.lora import merge

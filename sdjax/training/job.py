@@ -25,7 +25,7 @@ from sdjax.models.vae import AutoencoderKL
 from sdjax.models.vq import VQModel
 from sdjax.tasks.text_to_image import text_to_image
 from sdjax.text import Tokenizer
-from sdjax.training import data, encoding, feeding
+from sdjax.training import data, encoding, feeding, fitting
 from sdjax.training.data import Batches, Source
 from sdjax.training.first_stage import FirstStage, FirstStageLoss, measure_scale, split
 from sdjax.training.fresh import fresh
@@ -261,6 +261,7 @@ def _model(run: Run) -> tuple[Model, Params]:
         if not isinstance(vae, AutoencoderKL):
             raise InputError(f"model.vae {run.model.vae} is a VQModel: a KL autoencoder is wanted")
         model = dataclasses.replace(model, vae=vae)
+    fitting.check_latents(model, run.model.load or f"config {run.model.config}")
     return _rescheduled(run, model), params
 
 
@@ -290,11 +291,9 @@ def _fresh(run: Run) -> tuple[Model, Params]:
     """The networks of a config with new weights, its tokenizer and its schedule."""
     tables = _tables(run)
     modules = {n: CLASSES[n].from_config(tables[n]) for n in CLASSES if n in tables}
-    for name in ("unet", "vae", "text_encoder"):
-        if name not in modules:
+    for name in ("unet", "vae", "text_encoder", "scheduler"):
+        if name not in tables:
             raise InputError(f"config {run.model.config} has no [{name}]: a model needs one")
-    key = jax.random.key(run.run.seed)
-    params = {n: fresh(m, jax.random.fold_in(key, i)) for i, (n, m) in enumerate(modules.items())}
     model = Model(
         unet=modules["unet"],
         vae=modules["vae"],
@@ -307,6 +306,9 @@ def _fresh(run: Run) -> tuple[Model, Params]:
         family=family(modules, tables["scheduler"]),
         **advised(tables.get("model_index", {}), run.model.config or ""),
     )
+    fitting.check(model, f"config {run.model.config}")
+    key = jax.random.key(run.run.seed)
+    params = {n: fresh(m, jax.random.fold_in(key, i)) for i, (n, m) in enumerate(modules.items())}
     return model, params
 
 
