@@ -12,7 +12,7 @@ from PIL import Image
 
 import sdjax
 from sdjax.errors import InputError
-from sdjax.training import settings
+from sdjax.training import data, feeding, settings
 from sdjax.training.fresh import fresh
 from sdjax.training.job import job
 from sdjax.training.loop import train
@@ -201,13 +201,39 @@ def test_a_finetuned_checkpoint_is_still_one_and_has_moved(home, bundle):
     folder, _ = trained(
         "second_stage",
         home / "fine",
+        steps=STEPS | {"sample_every": 2},
         model={"load": str(bundle[1]), "train": ["unet"], "remat": True},
         data={"source": str(home / "photos"), "height": 64, "width": 64},
+        samples={"steps": 2},
     )
+    with Image.open(folder.parent / "samples" / "00000002.png") as sheet:
+        assert sheet.size[0] >= 128  # two by two, of the data's captions
     after = sdjax.load(folder)[1]
     assert tiny.equal(before["text_encoder"], after["text_encoder"])
     assert tiny.equal(before["vae"], after["vae"])
     assert not tiny.equal(before["unet"], after["unet"])
+
+
+def test_samples_are_of_the_first_captions_or_a_note_says_that_there_are_none(bundle, tmp_path):
+    for number, caption in enumerate(["b", "a", "b", "", "c", "broken", "d", "e"]):
+        Image.new("L", (64, 64), 9 * number).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(caption)
+    (tmp_path / "5.png").write_bytes(b"")
+    assert feeding.captions(data.open(tmp_path), 4) == ("b", "a", "c", "d")
+    for file in tmp_path.glob("*.txt"):
+        file.write_text("")
+    tables = {
+        "kind": "second_stage",
+        "run": STEPS | {"out": str(tmp_path / "no"), "sample_every": 2},
+        "model": {"load": str(bundle[1])},
+        "data": {"source": str(tmp_path), "height": 64, "width": 64},
+    }
+    said = []
+    made = job(settings.from_dict(tables), said.append)
+    assert said == [
+        "no samples are drawn: the data have no captions, and samples.prompts is not set"
+    ]
+    assert made.picture(made.params, ()) is None
 
 
 def test_a_codebook_and_a_discriminator_learn_together(home):

@@ -21,6 +21,9 @@ from sdjax.types import Array
 HELD_OUT = 2**31 - 1
 """The scenes that reconstructions are shown of are of this seed's world, which nobody trains on."""
 
+_LOOKED_AT = 64
+"""Examples that captions for samples are taken from."""
+
 Note = Callable[[str], None]
 
 
@@ -77,6 +80,21 @@ def held_out(run: Run, source: Source, count: int) -> np.ndarray:
     )
     with shown:
         return next(shown)["pixels"]
+
+
+def captions(source: Source, count: int) -> tuple[str, ...]:
+    """The data's first captions, each once and none of them empty: `count` at most.
+
+    Looked for in the first examples alone, which may all be called the same.
+    """
+    found: dict[str, None] = {}
+    for index in range(min(len(source), _LOOKED_AT)):
+        example = source[index]
+        if isinstance(example, data.Example) and example.caption:
+            found[example.caption] = None
+        if len(found) == count:
+            break
+    return tuple(found)
 
 
 def cached(

@@ -166,11 +166,16 @@ def second(run: Run, note: Note, process: tuple[int, int]) -> Job:
             frozen = {n: t for n, t in frozen.items() if not n.startswith("text_encoder")}
             frozen["empty"] = encoding.empty(model, params)
 
+    prompts = run.samples.prompts
+    if run.run.sample_every and not prompts:
+        prompts = feeding.captions(opened, 4)
+        if not prompts:
+            note("no samples are drawn: the data have no captions, and samples.prompts is not set")
+
     def networks(trained: Params) -> Params:
         return stage.networks(trained, kept)
 
     def picture(trained: Params, extra: Any) -> np.ndarray | None:
-        prompts = run.samples.prompts
         if not prompts:
             return None
         images = text_to_image(

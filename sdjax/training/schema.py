@@ -198,6 +198,7 @@ class Samples:
     """[samples]: what is looked at while training; a first stage shows reconstructions instead."""
 
     prompts: tuple[str, ...] = texts((), only=SECOND)
+    """What is drawn; left out, the first four captions of the data."""
     steps: int = whole(20, low=1, high=1000, only=SECOND)
     guidance_scale: float = number(7.5, only=SECOND)
     seed: int = whole(0, high=2**32 - 1)
