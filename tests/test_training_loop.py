@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdjax.training import data
+from sdjax.errors import InputError
+from sdjax.training import data, folder, settings
+from sdjax.training.loop import train
 
 CONFIG = """
 [vae]
@@ -161,6 +163,15 @@ def test_eight_devices_give_the_losses_of_one(home, unbroken):
     run(command(home, "eight", 6, "--set", "mesh.fsdp=4"), devices=8)
     for got, want in zip(curve(home / "eight"), curve(unbroken), strict=True):
         np.testing.assert_allclose(got["loss"], want["loss"], rtol=1e-5)
+
+
+def test_two_runs_do_not_share_a_folder(home):
+    command(home, "taken", 6)
+    with folder.held(home / "taken"):
+        with pytest.raises(InputError, match="another process trains in run.out .*taken: wait"):
+            train(settings.read(home / "taken.toml"))
+    with folder.held(home / "taken"):  # and is free again
+        pass
 
 
 def test_two_processes_give_the_losses_of_one(home, unbroken):

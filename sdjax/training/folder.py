@@ -3,7 +3,8 @@
 import os
 import tempfile
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sdjax.training.settings import Run
 
 SETTINGS = "settings.toml"
 CHECKPOINTS = "checkpoints"
+_LOCK = ".lock"
 
 
 def prepare(run: Run, *, resume: bool = True) -> Path:
@@ -54,6 +56,27 @@ def prepare(run: Run, *, resume: bool = True) -> Path:
     except OSError as error:
         raise InputError(f"run.out {out} cannot be written: {error.strerror}") from None
     return out
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Let nobody else train in a run's folder meanwhile; the kernel forgets it with the process.
+
+    InputError: somebody does.
+    """
+    import fcntl
+
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / _LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another process trains in run.out {out}: wait for it, or give another folder"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def steps(out: Path) -> list[int]:

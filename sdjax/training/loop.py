@@ -1,5 +1,6 @@
 """The training loop: settings in, a trained model out, resumed where it was stopped."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,8 @@ import numpy as np
 
 from sdjax import parallel
 from sdjax.model import Params
-from sdjax.training import optimizer
+from sdjax.training import folder, optimizer
 from sdjax.training.checkpoints import Checkpoints
-from sdjax.training.folder import CHECKPOINTS
 from sdjax.training.job import Job, job
 from sdjax.training.log import Log
 from sdjax.training.settings import Run
@@ -40,11 +40,17 @@ def train(run: Run, *, note: Note = lambda line: None, resume: bool = True) -> P
         when it was asked to stop.
 
     Raises:
-        InputError: what the settings name cannot be loaded or does not fit; the loss is not finite.
+        InputError: what the settings name cannot be loaded or does not fit; the loss is not finite;
+            another process trains in the folder.
     """
     parallel.start_processes()
-    process = parallel.process()
     out = Path(run.run.out)
+    with folder.held(out) if parallel.process()[0] == 0 else contextlib.nullcontext():
+        return _train(run, note, resume, out)
+
+
+def _train(run: Run, note: Note, resume: bool, out: Path) -> Path:
+    process = parallel.process()
     mesh = parallel.mesh(run.mesh.fsdp)
     parallel.check_batch(run.run.batch_size, mesh)
     work = job(run, note, process)
@@ -58,7 +64,7 @@ def train(run: Run, *, note: Note = lambda line: None, resume: bool = True) -> P
     layout = parallel.shardings(shapes, mesh)
     like = jax.tree.map(_shaped, shapes, layout)
     say = [note]  # the log's own, once there is a bar to be kept whole
-    checkpoints = Checkpoints(out / CHECKPOINTS, run.run.keep, lambda line: say[-1](line))
+    checkpoints = Checkpoints(out / folder.CHECKPOINTS, run.run.keep, lambda line: say[-1](line))
     found = checkpoints.restore_latest(like) if resume else None
     if found is None:
         done, carried = 0, None
@@ -124,7 +130,7 @@ def train(run: Run, *, note: Note = lambda line: None, resume: bool = True) -> P
         if asked:
             log.note(f"stopped by {asked} at step {done} of {run.run.steps}")
             checkpoints.close()
-            return out / CHECKPOINTS
+            return out / folder.CHECKPOINTS
         path = _save(work, state, out, process[0] == 0)
         log.finish()
     checkpoints.close()
@@ -147,9 +153,9 @@ def _show(work: Job, state: State, out: Path, step: int, log: Log, writes: bool)
         return
     from PIL import Image
 
-    folder = out / "samples"
-    folder.mkdir(exist_ok=True)
-    Image.fromarray(np.asarray(pixels)).save(folder / f"{step:08}.png")
+    samples = out / "samples"
+    samples.mkdir(exist_ok=True)
+    Image.fromarray(np.asarray(pixels)).save(samples / f"{step:08}.png")
     log.image("samples", step, np.asarray(pixels))
 
 
