@@ -75,6 +75,7 @@ def _train(run: Run, note: Note, resume: bool, out: Path) -> Path:
         carried = extra["log"]
         note(f"going on from step {done}")
     frozen = jax.device_put(work.frozen, parallel.shardings(work.frozen, mesh))
+    work = work._replace(params=None, frozen={})  # they have their places: not a second time
     program = jax.jit(
         stepper(
             work.stage,
