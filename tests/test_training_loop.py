@@ -21,9 +21,9 @@ CONFIG = """
 _class_name = "AutoencoderKL"
 sample_size = 64
 latent_channels = 2
-block_out_channels = [8, 8]
-down_block_types = ["DownEncoderBlock2D", "DownEncoderBlock2D"]
-up_block_types = ["UpDecoderBlock2D", "UpDecoderBlock2D"]
+block_out_channels = [8, 8, 48]
+down_block_types = ["DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D"]
+up_block_types = ["UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"]
 layers_per_block = 1
 norm_num_groups = 4
 mid_block_add_attention = false
@@ -41,9 +41,9 @@ out = "{out}"
 [model]
 config = "{config}"
 [data]
-source = "scenes"
-height = 64
-width = 64
+source = "{photos}"
+height = 32
+width = 32
 [optimizer]
 learning_rate = 1e-3
 warmup = 2
@@ -56,12 +56,18 @@ decay = 0.99
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("loop")
     (folder / "tiny.toml").write_text(CONFIG)
+    (folder / "photos").mkdir()
+    draw = np.random.default_rng(0)
+    for number in range(20):
+        pixels = draw.integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / "photos" / f"{number:02}.png")
     return folder
 
 
 def command(home: Path, name: str, steps: int, *more: str) -> list[str]:
     file = home / f"{name}.toml"
-    file.write_text(RUN.format(steps=steps, out=home / name, config=home / "tiny.toml"))
+    paths = {"out": home / name, "config": home / "tiny.toml", "photos": home / "photos"}
+    file.write_text(RUN.format(steps=steps, **paths))
     cache = ["--cache-dir", str(home / "cache")]
     return [sys.executable, "-m", "sdjax", "train", str(file), *cache, *more]
 
@@ -136,7 +142,7 @@ def test_a_signal_to_the_whole_group_saves_though_the_workers_die(home, tmp_path
         if number == endless:
             os.mkfifo(path)
         else:
-            Image.fromarray(np.full((64, 64, 3), number, np.uint8)).save(path)
+            Image.fromarray(np.full((32, 32, 3), number, np.uint8)).save(path)
     more = ("--set", f"data.source={tmp_path}", "--set", "data.workers=1")
     process = subprocess.Popen(
         command(home, "group", 6, *more),
@@ -159,8 +165,40 @@ def test_a_signal_to_the_whole_group_saves_though_the_workers_die(home, tmp_path
     assert saved["extra"]["data"]["examples"] == 8
 
 
-def test_eight_devices_give_the_losses_of_one(home, unbroken):
-    run(command(home, "eight", 6, "--set", "mesh.fsdp=4"), devices=8)
+NOTING = """
+import json, sys
+import jax
+from sdjax.cli import main
+from sdjax.training.checkpoints import Checkpoints
+
+save = Checkpoints.save
+def noting(self, step, state, extra):
+    held = {}
+    for name in ("params", "average", "optimizer"):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(getattr(state, name)):
+            size = leaf.addressable_shards[0].data.size
+            held[f"{name}{jax.tree_util.keystr(path)}"] = [leaf.size, size]
+    with open(self.folder.parent / "held.json", "w") as file:
+        json.dump(held, file)
+    save(self, step, state, extra)
+
+Checkpoints.save = noting
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_eight_devices_give_the_losses_of_one_and_four_split_what_is_large(home, unbroken):
+    """A kernel of 3 x 3 x 48 x 48, its average and both its moments: a quarter on each device."""
+    _, _, _, *asked = command(home, "eight", 6, "--set", "mesh.fsdp=4")
+    run([sys.executable, "-c", NOTING, *asked], devices=8)
+    sizes = json.loads((home / "eight" / "held.json").read_text())
+    count = {}
+    for part in ("params", "average", "optimizer"):
+        large = [held for name, held in sizes.items() if name.startswith(part) and held[0] == 20736]
+        assert all(held == [20736, 5184] for held in large)
+        count[part] = len(large)
+    assert 0 < count["params"] == count["average"] == count["optimizer"] / 2
+    assert all(whole == here for whole, here in sizes.values() if whole < 2**14)
     for got, want in zip(curve(home / "eight"), curve(unbroken), strict=True):
         np.testing.assert_allclose(got["loss"], want["loss"], rtol=1e-5)
 

@@ -273,15 +273,20 @@ def _marks(arrays: Mapping[str, Any]) -> dict[str, int]:
     One changed bit always changes it, the order of the sum never: it is the same on any mesh.
     Arrays in this process's memory are summed by numpy, which has nothing to compile.
     """
-    marks = {
-        name: _mark(np.asarray(a), np) if _is_here(a) else _compiled_mark(a)
-        for name, a in arrays.items()
-    }
+    marks = {}
+    for name, array in arrays.items():
+        if _is_on_cpu(array) and array.is_fully_addressable:
+            marks[name] = _mark(np.asarray(array), np)
+            continue
+        marks[name] = _compiled_mark(array)
+        if _is_on_cpu(array):
+            # Sums over processes each hold a thread while they wait: many at once stop for good.
+            jax.block_until_ready(marks[name])
     return {name: int(mark) for name, mark in jax.device_get(marks).items()}
 
 
-def _is_here(array: jax.Array) -> bool:
-    return array.is_fully_addressable and all(d.platform == "cpu" for d in array.devices())
+def _is_on_cpu(array: jax.Array) -> bool:
+    return all(device.platform == "cpu" for device in array.devices())
 
 
 def _mark(array: Any, xp: Any) -> Any:
