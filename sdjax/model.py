@@ -137,7 +137,7 @@ def denoiser(
     time_ids: Float[Array, "b n"] | None = None,
     class_labels: Int[Array, " b"] | None = None,
     concat: Float[Array, "b h w k"] | None = None,
-    timesteps: Plan | tuple[Array, Array] | None = None,
+    timesteps: Any = None,
 ) -> Denoiser:
     """E[x0 | x] by the model's UNet: (x, sigma) -> x0 in float32.
 
