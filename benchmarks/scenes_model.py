@@ -83,7 +83,7 @@ def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__)
     asked.add_argument("model", nargs="+")
     asked.add_argument("--prompts", type=int, default=1000)
-    asked.add_argument("--guidance", type=float, default=2.0)
+    asked.add_argument("--guidance", type=float, default=1.75)
     asked.add_argument("--batch", type=int, default=20)
     asked.add_argument("--out", type=Path, default=Path("runs/scenes-report"))
     asked = asked.parse_args()
