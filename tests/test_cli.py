@@ -334,7 +334,7 @@ def test_what_a_model_advises_is_kept_and_torch_passes_it_over(bundle, caplog, m
     warned = [r for r in caplog.records if r.levelname == "WARNING"]
     assert [r.getMessage() for r in warned if r.name.startswith("diffusers")] == []
     assert advised({}, "") == {"steps": 20, "guidance_scale": 7.5}
-    assert advised(config.read("scenes")["model_index"], "")["guidance_scale"] == 2.0
+    assert advised(config.read("scenes")["model_index"], "")["guidance_scale"] == 1.75
     for advice, sentence in (({"steps": 1001}, "1001"), ({"guidance_scale": np.inf}, "inf")):
         with pytest.raises(InputError, match=f"got {sentence}"):
             sdjax.text_to_image(dataclasses.replace(loaded, **advice), {}, "a cat")
