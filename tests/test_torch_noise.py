@@ -1,11 +1,20 @@
 """Other programs' noise, bit for bit: torch itself, Random123's answers, A1111's numbers."""
 
+import elsewhere
+import k_diffusion
 import numpy as np
 import pytest
 
-from sdjax.diffusion import noise, sampling, torch_noise
+from sdjax.diffusion import noise, profiles, sampling, spacings, torch_noise
 from sdjax.diffusion.analytic import Gaussian
-from sdjax.diffusion.samplers import EulerAncestral
+from sdjax.diffusion.samplers import (
+    DPMAdaptive,
+    DPMSolverPP2MSDE,
+    DPMSolverPP3MSDE,
+    DPMSolverPPSDE,
+    EulerAncestral,
+)
+from sdjax.diffusion.schedules import Schedule
 from sdjax.errors import InputError
 
 SEEDS = [0, 1, 42, 2**31, 2**32 - 1, 2**32 + 5, 2**64 - 1]
@@ -67,6 +76,52 @@ def test_a_stochastic_run_takes_its_noise_from_the_same_generator():
     tape = noise.Tape(np.stack(rest))
     got = sampling.sample(EulerAncestral(), Gaussian(0.5, 1.0), begin, sigmas, tape)
     np.testing.assert_allclose(got, x.numpy().transpose(0, 2, 3, 1), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "loop", "steps"),
+    [
+        ("restart", elsewhere.restart, 10),  # no restart, 1 and 2
+        ("restart", elsewhere.restart, 20),
+        ("restart", elsewhere.restart, 36),
+        ("euler_ancestral", k_diffusion.euler_ancestral, 4),
+        ("dpm_2_ancestral", k_diffusion.dpm_2_ancestral, 4),
+        ("dpmpp_2s_ancestral", k_diffusion.dpmpp_2s_ancestral, 4),
+    ],
+)
+def test_a_run_takes_the_draws_of_one_generator_as_a1111s_loops_do(name, loop, steps):
+    """The loops ask torch for a tensor each time that they add noise, and at no other."""
+    torch = pytest.importorskip("torch")
+    levels = spacings.named("karras", steps, Schedule())[0]
+    generator, shape, asked = torch.Generator().manual_seed(11), (3, 4, 2), []
+
+    def draw(*_):
+        asked.append(torch.randn((1, 2, 3, 4), generator=generator).numpy())
+        return asked[-1].transpose(0, 2, 3, 1)
+
+    def denoise(x, sigma):  # of N(0.5, 0.04)
+        return (0.04 * x + 0.5 * sigma**2) / (0.04 + sigma**2)
+
+    x = loop(denoise, draw() * levels[0], levels, draw)
+    if name == "restart":
+        assert len(asked) - 1 == {10: 0, 20: 1, 36: 2}[steps]
+    plan = profiles.k_diffusion(Schedule(), name, "karras", steps)
+    start, later = torch_noise.record("torch-cpu", [11], shape, plan)
+    begin = start * plan.init_scale
+    got = sampling.sample(plan.sampler, Gaussian(0.5, 0.2), begin, plan.sigmas, later)
+    np.testing.assert_allclose(got, x, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", torch_noise.NAMES)
+def test_every_step_has_its_draws_and_a_run_without_noise_none(name):
+    """Each as the generator's next, whether the step uses it: diffusers' order for the SDE."""
+    for sampler in (DPMSolverPP2MSDE(), DPMSolverPP3MSDE()):
+        plan = profiles.k_diffusion(Schedule(), sampler, "karras", 3)
+        start, later = torch_noise.record(name, [5, 6], (3, 4, 2), plan)
+        got = np.concatenate([start[None], later.draws[:, 0]])
+        np.testing.assert_array_equal(got, torch_noise.draw(name, [5, 6], (3, 4, 2), 4))
+    plan = profiles.k_diffusion(Schedule(), "dpmpp_2m", "karras", 3)
+    assert torch_noise.record(name, [5, 6], (3, 4, 2), plan)[1] is None
 
 
 # Random123's kat_vectors: counter, key, answer.
@@ -145,5 +200,9 @@ def test_what_cannot_be_drawn_is_refused():
         torch_noise.draw("numpy", [0], (1, 1, 1))
     with pytest.raises(InputError, match="seed"):
         torch_noise.draw("torch-cpu", [-1], (1, 1, 1))
+    for sampler, said in ((DPMSolverPPSDE(), "a Brownian path"), (DPMAdaptive(eta=1.0), "choice")):
+        plan = profiles.k_diffusion(Schedule(), sampler, "karras", 3)
+        with pytest.raises(InputError, match=f"{type(sampler).__name__}'s noise is .*{said}"):
+            torch_noise.record("torch-cpu", [0], (3, 4, 2), plan)
     with pytest.raises(InputError, match="threads"):
         torch_noise.torch_cuda(0, 16, threads=32)

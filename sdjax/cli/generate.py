@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from sdjax import bundled, images
 from sdjax.cli import request
 from sdjax.cli.request import Request
@@ -265,21 +263,14 @@ def foreign_noise(wanted: Request, model: "Model", seeds: list[int]) -> dict[str
     if wanted.noise is None:
         return {}
     from sdjax.diffusion import torch_noise
-    from sdjax.diffusion.noise import Tape
-    from sdjax.diffusion.trajectories import draws
     from sdjax.tasks.plan import choose
     from sdjax.tasks.settings import latent_shape
 
     assert wanted.height and wanted.width and wanted.steps  # `completed`
     shape = latent_shape(model, wanted.height, wanted.width)
     plan = choose(model, wanted.steps, wanted.sampler, wanted.spacing)
-    each = draws(plan.sampler, shape)
-    steps = max(wanted.steps, len(plan.timesteps))
-    start, *rest = torch_noise.draw(wanted.noise, seeds, shape, 1 + steps * each)
-    if not each:
-        return {"latents": start}
-    later = np.stack(rest).reshape(steps, each, *start.shape)
-    return {"latents": start, "noise": Tape(later)}
+    start, later = torch_noise.record(wanted.noise, seeds, shape, plan)
+    return {"latents": start, "noise": later}
 
 
 def write_sheets(wanted: Request, saved: list[Path]) -> None:

@@ -9,6 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sdjax.diffusion.noise import Tape
+from sdjax.diffusion.plan import Plan
+from sdjax.diffusion.trajectories import draws as drawn_at_once
+from sdjax.diffusion.trajectories import may_draw
 from sdjax.errors import InputError
 
 NAMES = ("torch-cpu", "torch-cuda")
@@ -35,6 +39,35 @@ def draw(
     drawn = np.stack([one(_seed(seed), count, draws) for seed in seeds], axis=1)
     rows = drawn.reshape(draws, len(seeds), channels, height, width)
     return np.ascontiguousarray(np.moveaxis(rows, 2, -1))
+
+
+def record(
+    name: str, seeds: Sequence[int], shape: tuple[int, int, int], plan: Plan
+) -> tuple[np.ndarray, Tape | None]:
+    """The start [b, h, w, c] of one image's plan for each seed, and what its steps then draw; None
+    if nothing.
+
+    `shape` is one image's. A step draws as often as the sampler does, also where it makes no use of
+    it; but in a run whose levels rise (`Restart`) only the rises draw, as in A1111. White noise is
+    what diffusers draws for the multistep solvers of the SDE; k-diffusion and A1111 take theirs
+    from torchsde's Brownian tree, which is not repeated here. A sampler that needs such a path
+    within its step is refused, as is one that chooses its steps and draws at each.
+    """
+    sampler = plan.sampler
+    each = drawn_at_once(sampler, shape)
+    path = each > 1 and getattr(sampler, "brownian", False)
+    if path or (not each and may_draw(sampler)):
+        why = "of a Brownian path" if path else "drawn at steps of its own choice"
+        raise InputError(
+            f"{type(sampler).__name__}'s noise is {why}, which {name} cannot repeat: leave noise "
+            "out, or take another sampler"
+        )
+    rises = np.diff(plan.sigmas) > 0
+    turn = np.cumsum(rises) - rises if rises.any() else np.arange(len(rises))
+    start, *later = draw(name, seeds, shape, 1 + each * (int(turn[-1]) + 1))
+    if not each:
+        return start, None
+    return start, Tape(np.stack(later).reshape(-1, each, *start.shape)[turn])
 
 
 def torch_cpu(seed: int, count: int, draws: int = 1) -> np.ndarray:
