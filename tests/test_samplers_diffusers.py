@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import scheduler_peers
 import tiny
-from scheduler_peers import SD, theirs
+from scheduler_peers import SD, SHAPE, theirs
 
-from sdjax.diffusion import profiles
+from sdjax.diffusion import noise, profiles, sampling
 from sdjax.diffusion.schedules import Schedule
 from sdjax.errors import InputError
 from sdjax.model import FrozenConfig
@@ -32,6 +32,7 @@ SPACED = {
     "v": V,
     "x0": X0,
 }
+WITHOUT_X0 = {name: change for name, change in SPACED.items() if name != "x0"}
 THREE, HIGH = {"solver_order": 3}, {"lower_order_final": False}
 PLMS = {"skip_prk_steps": True}
 
@@ -173,17 +174,16 @@ CONFIGS = {
         "plain": {},
         "unclipped": {"clip_denoised": False, "s_noise": 1.1, "sigma_data": 0.7},
     },
-    "LMSDiscreteScheduler": {"plain": {}, "leading": LEADING, "karras": SPACED["karras"], "v": V},
-    "KDPM2DiscreteScheduler": {
+    "LMSDiscreteScheduler": {"plain": {}, **SPACED},
+    "KDPM2DiscreteScheduler": {"plain": {}, **WITHOUT_X0},
+    "KDPM2AncestralDiscreteScheduler": {
         "plain": {},
-        "leading": LEADING,
-        "karras": SPACED["karras"],
-        "v": V,
+        **{name: change for name, change in WITHOUT_X0.items() if name != "karras"},
     },
-    "KDPM2AncestralDiscreteScheduler": {"plain": {}, "leading": LEADING, "v": V},
-    "DPMSolverSDEScheduler": {"plain": {}, "leading": LEADING, "karras": SPACED["karras"], "v": V},
+    "DPMSolverSDEScheduler": {"plain": {}, **WITHOUT_X0},
     "EulerDiscreteScheduler": {"beta": SPACED["beta"]},
-    "HeunDiscreteScheduler": {"beta": SPACED["beta"]},
+    "EulerAncestralDiscreteScheduler": {"trailing": TRAILING},
+    "HeunDiscreteScheduler": {"beta": SPACED["beta"], "trailing": TRAILING, "v": V, "x0": X0},
 }
 OWN = ("IPNDMScheduler", "EDM", "CM")  # no betas
 STEPS = (1, 2, 3, 10, 25)
@@ -262,6 +262,30 @@ def test_timesteps_and_sigmas_are_diffusers(cls):
             mine = 1 / (1 + plan.sigmas[:-1] ** 2)
             want = peer.alphas_cumprod.numpy()[timesteps.astype(int)]
             np.testing.assert_allclose(mine, want, rtol=2e-7, err_msg=name)
+
+
+def test_karras_levels_of_dpm2_ancestral_differ_by_the_timesteps_of_middles(monkeypatch):
+    """A middle stands at the next level, whose timestep diffusers rounds, and the middle's not; a
+    network that is told no timestep goes the same way.
+    """
+    monkeypatch.setattr(scheduler_peers, "network", lambda x, timestep: x - 0.1 * x / (1 + x * x))
+    karras = {"_class_name": "KDPM2AncestralDiscreteScheduler", **SD, "use_karras_sigmas": True}
+
+    def denoise(x, sigma):
+        return x - sigma * scheduler_peers.network(x / (1 + sigma**2) ** 0.5, None)
+
+    for n in (2, 3, 10, 25):
+        plan, peer = profiles.diffusers(karras, n), theirs(karras)
+        peer.set_timesteps(n)
+        levels, middles = peer.timesteps.numpy()[::2], peer.timesteps.numpy()[1::2]
+        np.testing.assert_array_equal(plan.timesteps, levels)
+        np.testing.assert_array_equal(np.round(middles), levels[1:])
+        assert (middles != levels[1:]).any()
+        x, draws = np.random.default_rng(n).standard_normal((2, n, 1, 1, *SHAPE), np.float32)
+        begin = x[0, 0] * plan.init_scale
+        got = sampling.sample(plan.sampler, denoise, begin, plan.sigmas, noise.Tape(draws))
+        want = scheduler_peers.torch_run(karras, n, x[0, 0], draws)
+        assert np.abs(got - want).max() <= (2e-4 if n <= 3 else 2e-5) * np.abs(want).max(), n
 
 
 @pytest.mark.parametrize(
