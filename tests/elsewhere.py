@@ -33,6 +33,19 @@ def res_multistep(denoise, x, sigmas, draw, eta=0.0, s_noise=1.0):
     return x
 
 
+def euler_ancestral_cfg_pp(guided, negative, x, sigmas, draw, eta=1.0):
+    for i, (sigma, target) in pairs(sigmas):
+        down, up = ancestral_levels(sigma, target, eta)
+        x = guided(x, sigma) + down / sigma * (x - negative(x, sigma))
+        if target > 0 and up:
+            x = x + draw(i, sigma, target, 0) * up
+    return x
+
+
+def euler_cfg_pp(guided, negative, x, sigmas, draw):
+    return euler_ancestral_cfg_pp(guided, negative, x, sigmas, draw, eta=0.0)
+
+
 def res_multistep_cfg_pp(guided, negative, x, sigmas, draw, eta=0.0):
     """The negative's estimate is remembered, and stepped along."""
     last = None

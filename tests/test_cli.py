@@ -416,12 +416,17 @@ def test_a_method_of_guidance_is_passed_on_told_and_repeated(model, capsys, monk
 
     monkeypatch.setattr(task, "text_to_image", made)
     run = ["generate", "a cat", "--seed=1", "--no-cache", *SMALL, "--guidance-method=cfg_plus_plus"]
-    sentence = refused(capsys, *run, f"--model={model}")
+    both = run[:-1] + ["--sampler=euler_cfg_pp", "--guidance-method=apg"]
+    assert refused(capsys, *both).startswith("euler_cfg_pp is euler under CFG++")
+    sentence = refused(capsys, *run, f"--model={model}", "--guidance=7.5")
     assert sentence.startswith("guidance_scale must be from 0 to 1") and "got 7.5" in sentence
-    assert main([*run, f"--model={model}", "--guidance=0.6", "--out=a.png"]) == 0
+    assert main([*run, f"--model={model}", "--out=a.png"]) == 0
     assert settings_of("a.png")["guidance_method"] == "cfg_plus_plus"
     assert main(["generate", "--from=a.png", "--no-cache", "--out=b.png"]) == 0
     assert asked == [("cfg_plus_plus", 0.6)] * 2 and settings_of("b.png") == settings_of("a.png")
+    run[-1] = "--sampler=euler_cfg_pp"
+    assert main([*run, f"--model={model}", "--out=c.png"]) == 0 and asked[2] == asked[0]
+    assert settings_of("c.png")["sampler"] == "euler"
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from sampler_runs import (
 )
 from test_sampler_battery import fine
 
-from sdjax.diffusion import guidance, profiles, sampling, spacings
+from sdjax.diffusion import guidance, methods, names, profiles, sampling, spacings
 from sdjax.diffusion.plan import Plan, batch, fitted
 from sdjax.diffusion.samplers import (
     ERSDE,
@@ -98,6 +98,28 @@ def test_cfg_plus_plus_steps_along_the_negative_as_comfyui_does(kind, reference,
         sampler = kind(**options, plus_plus=True)
         got = plain(sampler, 10 * START, sigmas, denoise=denoise)[-1].x
         assert relative_error(got, want) <= (2e-5 if len(sigmas) > 3 else 1e-3)
+
+
+@pytest.mark.parametrize("name", names.CFG_PLUS_PLUS)
+def test_names_in_cfg_pp_are_comfyuis_samplers(name):
+    """Its own form of a sampler, or CFG++'s scales under it; A1111's DDIM is Euler's."""
+    right = k_diffusion.Mixture()
+    plain_name, method = names.apart(name, None)
+    sampler = profiles.SAMPLERS[plain_name]()
+    levels, scale = np.float32(SIGMAS), 0.6
+    method = methods.prepared(method).suited(sampler)
+    denoise = method(methods.Sides(both_sides, leaves32(MIXTURE), levels), scale)
+
+    def negative(x, sigma):
+        return x / (1 + sigma**2)
+
+    def guided(x, sigma):
+        return negative(x, sigma) + scale * (right(x, sigma) - negative(x, sigma))
+
+    reference = getattr(elsewhere, name.replace("ddim", "euler"))
+    want = reference(guided, negative, 10.0 * START, SIGMAS, recorded)
+    got = plain(method.around(sampler), 10 * START, SIGMAS, denoise=denoise)[-1].x
+    assert relative_error(got, want) <= 2e-5
 
 
 def test_cfg_plus_plus_is_compiled_and_bounded_and_asks_for_cfg():

@@ -386,6 +386,12 @@ def test_a_name_is_the_papers_method_on_what_the_network_predicts(sd1, small):
     assert relative_error(ours, np.concatenate(theirs)) <= 1e-4
 
 
+def test_a_name_in_cfg_pp_is_a_sampler_and_its_guidance(sd1):
+    named = pictures(sd1, "a", steps=2, sampler="ddim_cfg_pp")
+    apart = dict(sampler="ddim", guidance="cfg_plus_plus", guidance_scale=0.6)
+    np.testing.assert_array_equal(named, pictures(sd1, "a", steps=2, **apart))
+
+
 def test_a_plan_as_sampler_is_run_as_it_is(sd1):
     """The model's own plan gives the model's own picture, whatever `steps` says."""
     plan = profiles.diffusers(sd1[0].scheduler.dict(), 3)
@@ -544,7 +550,8 @@ class Undecorated:
         (dict(sampler="eulr"), "sampler must be one of"),
         (dict(spacing="karas"), "spacing must be one of"),
         (dict(guidance="agp"), "guidance must be one of cfg, rescale"),
-        (dict(guidance="cfg_plus_plus"), "guidance_scale must be from 0 to 1"),
+        (dict(guidance="cfg_plus_plus", guidance_scale=7.5), "guidance_scale must be from 0 to 1"),
+        (dict(guidance="apg", sampler="euler_cfg_pp"), "euler_cfg_pp is euler under CFG\\+\\+"),
         (dict(output="png"), "output must be"),
         (dict(clip_skip=4), "clip_skip must be a whole number from 0 to 3"),
         (dict(clip_skip=-1), "clip_skip"),

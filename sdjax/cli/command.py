@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from sdjax.cli import convert, generate, inspect, lab, train
-from sdjax.cli.request import GUIDANCE, NOISES, SAMPLERS, SPACINGS
+from sdjax.cli.request import CFG_PLUS_PLUS, GUIDANCE, NOISES, SAMPLERS, SPACINGS
 from sdjax.cli.show import Interrupted, note, say
 from sdjax.errors import InputError
 
@@ -62,7 +62,11 @@ def parser() -> Parser:
     )
     make.add_argument("--negative", metavar="TEXT", help="what not to see")
     make.add_argument("--steps", metavar="N", help="1 to 1000 (the model's own, else 20)")
-    make.add_argument("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (the model's own)")
+    make.add_argument(
+        "--sampler",
+        metavar="NAME",
+        help=f"{', '.join(SAMPLERS)}; under CFG++ {', '.join(CFG_PLUS_PLUS)} (the model's own)",
+    )
     make.add_argument(
         "--spacing",
         metavar="NAME",
@@ -71,7 +75,7 @@ def parser() -> Parser:
     make.add_argument(
         "--guidance",
         metavar="SCALE",
-        help="how closely to follow the prompt; 1 is off (the model's own, else 7.5)",
+        help="how closely to follow the prompt; 1 is off (the model's own, else 7.5; CFG++ 0.6)",
     )
     make.add_argument("--guidance-method", metavar="NAME", help=f"how: {', '.join(GUIDANCE)} (cfg)")
     make.add_argument("--seed", metavar="N", help="0 to 2**64 - 1 (drawn, and said)")

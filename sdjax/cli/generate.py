@@ -123,8 +123,10 @@ def completed(wanted: Request, model: "Model", source: "Source") -> Request:
     rows, columns = model.size
     height = side(model.vae.factor, "height", wanted.height or rows)
     width = side(model.vae.factor, "width", wanted.width or columns)
-    guidance = model.guidance_scale if wanted.guidance is None else wanted.guidance
-    check_limits(METHODS[wanted.method or "cfg"], [guidance])
+    method = METHODS[wanted.method or "cfg"]
+    advised = getattr(method, "advised_scale", model.guidance_scale)
+    guidance = advised if wanted.guidance is None else wanted.guidance
+    check_limits(method, [guidance])
     return wanted._replace(
         height=height,
         width=width,

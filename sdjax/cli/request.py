@@ -16,7 +16,7 @@ import numpy as np
 
 from sdjax import bundled, images
 from sdjax.cli.show import note
-from sdjax.diffusion.names import GUIDANCE, SAMPLERS, SPACINGS
+from sdjax.diffusion.names import CFG_PLUS_PLUS, GUIDANCE, SAMPLERS, SPACINGS, apart
 from sdjax.errors import InputError
 from sdjax.text import read_prompts, valid
 
@@ -74,7 +74,11 @@ def read(asked: argparse.Namespace) -> Request:
     count = whole("count", asked.count or "1", 1, 1_000_000)
     steps = given("steps", "steps")
     steps = whole("steps", steps, 1, 1000) if steps is not None else None
-    sampler = known("sampler", given("sampler", "sampler"), SAMPLERS)
+    named = known("sampler", given("sampler", "sampler"), (*SAMPLERS, *CFG_PLUS_PLUS))
+    method = known("guidance method", asked.guidance_method, GUIDANCE)
+    sampler, method = apart(named, method)
+    if method is None:
+        method = known("guidance method", old.get("guidance_method"), GUIDANCE)
     spacing = known("spacing", given("spacing", "spacing"), SPACINGS)
     noise = known("noise", given("noise", "noise"), NOISES)
     guidance = given("guidance", "guidance_scale")
@@ -95,7 +99,7 @@ def read(asked: argparse.Namespace) -> Request:
         spacing=spacing,
         noise=noise,
         guidance=guidance,
-        method=known("guidance method", given("guidance_method", "guidance_method"), GUIDANCE),
+        method=method,
         height=height,
         width=width,
         dtype=dtype,
@@ -225,7 +229,7 @@ def _model(value: Any, source: str | None, old: Mapping[str, Any]) -> str:
         if source and _is_bundled(old.get("model_hash")):
             return bundled.NAME
         why = f", where {source} was made: give --model" if source else ": check --model"
-        raise InputError(f"there is no model at {value}{why}")
+        raise InputError(f"there is no model at {value or 'an empty path'}{why}")
     return value
 
 

@@ -3,6 +3,10 @@
 Tests hold them against `profiles.SAMPLERS`, `spacings.NAMES` and `methods.METHODS`.
 """
 
+from typing import Any
+
+from sdjax.errors import InputError
+
 SAMPLERS = (
     "euler",
     "euler_ancestral",
@@ -69,3 +73,29 @@ GUIDANCE = (
     "interval",
     "perp_neg",
 )
+
+CFG_PLUS_PLUS = {
+    f"{name}_cfg_pp": name
+    for name in (
+        "euler",
+        "euler_ancestral",
+        "ddim",
+        "dpmpp_2m",
+        "dpmpp_2s_ancestral",
+        "res_multistep",
+        "gradient_estimation",
+    )
+}
+"""A sampler and CFG++ in one word, as ComfyUI has them; and the sampler's own name."""
+
+
+def apart(sampler: Any, guidance: Any) -> tuple[Any, Any]:
+    """A sampler and a method of guidance, where the sampler's name may be of both."""
+    if not (isinstance(sampler, str) and sampler in CFG_PLUS_PLUS):
+        return sampler, guidance
+    if not (guidance is None or (isinstance(guidance, str) and guidance == "cfg_plus_plus")):
+        raise InputError(
+            f"{sampler} is {CFG_PLUS_PLUS[sampler]} under CFG++, and guidance is {guidance!r:.60}: "
+            "leave one of them out"
+        )
+    return CFG_PLUS_PLUS[sampler], "cfg_plus_plus"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax import parallel
-from sdjax.diffusion import methods, sampling
+from sdjax.diffusion import methods, names, sampling
 from sdjax.diffusion.noise import Tape, keys, start
 from sdjax.diffusion.plan import Plan, batch, bounded
 from sdjax.errors import InputError
@@ -54,13 +54,13 @@ def text_to_image(
         seeds: integers from 0 to 2**64 - 1.
         steps: 1 to 1000, or as many noise levels as the model's spacing has. Unequal counts share
             one program as long as the longest. None is what the model's makers advise, else 20.
-        sampler: a name in `profiles.SAMPLERS`, or any `Sampler`; None is the model's own. Or a
-            `Plan` of another program's (`profiles.a1111(model.schedule, "DPM++ 2M")`), whose own
-            steps stand for `steps`.
+        sampler: a name in `profiles.SAMPLERS` or `names.CFG_PLUS_PLUS` (which is guidance too), or
+            any `Sampler`; None is the model's own. Or a `Plan` of another program's
+            (`profiles.a1111(model.schedule, "DPM++ 2M")`), whose own steps stand for `steps`.
         spacing: a name in `profiles.SPACINGS`; None is the model's own.
         guidance_scale: w in x0_negative + w * (x0_prompt - x0_negative). If it is 1 for all
             images, a second program runs with one network evaluation instead of two. None is what
-            the model's makers advise, else 7.5.
+            the model's makers advise, else 7.5; with CFG++ 0.6.
         guidance: another way to use these two estimates: a name in `methods.METHODS` (cfg, rescale,
             apg, cfg_zero, tcfg, cfg_plus_plus, interval, perp_neg), or a function (denoise,
             guidance_scale) -> denoise such as `Partial(projection.apg, norm=10.0)`,
@@ -80,13 +80,16 @@ def text_to_image(
     Raises:
         InputError: a setting is out of range, or sequences differ in length; nothing has run.
     """
+    sampler, guidance = names.apart(sampler, guidance)
+    method = methods.prepared(guidance, model.schedule.prediction)
+    advised = getattr(method, "advised_scale", model.guidance_scale)
     asked = settings.resolve(
         model,
         prompts,
         negative_prompts,
         seeds,
         model.steps if steps is None else steps,
-        model.guidance_scale if guidance_scale is None else guidance_scale,
+        advised if guidance_scale is None else guidance_scale,
         height,
         width,
         latents,
@@ -94,7 +97,6 @@ def text_to_image(
     )
     if output not in ("images", "latents"):
         raise InputError(f'output must be "images" or "latents", got {output!r}')
-    method = methods.prepared(guidance, model.schedule.prediction)
     settings.check_limits(method, asked.guidance_scales)
     size = len(asked.prompts)
     plans = {n: choose(model, n, sampler, spacing) for n in set(asked.steps)}
