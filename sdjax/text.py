@@ -61,8 +61,8 @@ class Tokenizer:
 
     @property
     def size(self) -> int:
-        """How many tokens there are, added ones among them: ids are 0 to size - 1."""
-        return _backend(self.definition).get_vocab_size()
+        """1 + the largest id of any token, added ones among them."""
+        return 1 + max(_backend(self.definition).get_vocab().values())
 
     def save(self, folder: str | Path) -> None:
         """Write a folder that every release of transformers reads."""

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 HEAVY = {
     "PIL",
     "diffusers",
@@ -50,6 +52,19 @@ def test_importing_sdjax_imports_no_torch():
 
 def test_the_package_itself_waits_with_jax_until_a_name_is_used():
     assert "jax" not in modules_after("import sdjax, sdjax.cli")
+
+
+@pytest.mark.parametrize("command", ["inspect {}", "convert {} out", "generate cat --model {}"])
+def test_a_file_that_holds_no_weights_is_refused_before_jax_loads(command, tmp_path):
+    (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    for name, said in (("pointer.safetensors", "Git LFS pointer"), ("gone", f"{tmp_path}/gone")):
+        words = command.format(tmp_path / name).split()
+        main = f"from sdjax.cli.command import main; code = main({words})"
+        program = f"import sys; {main}; print(code, 'jax' in sys.modules)"
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.stdout.split() == ["2", "False"] and said in done.stderr
 
 
 def test_modules_of_the_mathematics_come_when_named():

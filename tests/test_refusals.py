@@ -341,11 +341,11 @@ def test_parts_of_different_models(folder):
 def test_a_tokenizer_that_knows_more_than_its_text_encoder_embeds(folder):
     path = folder / "tokenizer/tokenizer_config.json"
     edit_json(path, model_max_length=78)
-    refused(folder, "'max_position_embeddings' of its text_encoder is 77", "78")
+    refused(folder, "max_position_embeddings of its text_encoder is 77", "78")
     tokens = json.loads(path.read_text())["added_tokens_decoder"]
     toy = {"49408": {"content": "<toy>"}}
     edit_json(path, model_max_length=77, added_tokens_decoder=tokens | toy)
-    refused(folder, "'vocab_size' of its text_encoder is 49408", "49409 tokens", "saved together")
+    refused(folder, "vocab_size of its text_encoder is 49408", "49409 ids", "saved together")
     # A textual inversion has a row more, and its token is embedded.
     edit_json(folder / "text_encoder/config.json", vocab_size=49409)
     key = "text_model.embeddings.token_embedding.weight"

@@ -261,17 +261,17 @@ def test_a_codebook_and_a_discriminator_learn_together(home):
         (
             "unet",
             {"cross_attention_dim": 48},
-            r"\[unet\] cross_attention_dim is 48, and hidden_size of \[text_encoder\] gives 32",
+            "UNet's cross_attention_dim is 48, and hidden_size of text_encoder gives 32: make them",
         ),
         (
             "text_encoder",
             {"vocab_size": 838},
-            r"\[text_encoder\] vocab_size is 838, and \[tokenizer\] knows 839 tokens: set vocab_si",
+            "vocab_size of its text_encoder is 838, and its tokenizer has 839 ids: make them equal",
         ),
         (
             "text_encoder",
             {"max_position_embeddings": 16},
-            r"max_position_embeddings is 16, and \[tokenizer\] makes 32 tokens of a prompt",
+            "max_position_embeddings of its text_encoder is 16, and its tokenizer makes 32 ids",
         ),
         ("unet", {"out_channels": 8}, "out_channels is 8, and the autoencoder's latent_channels 4"),
     ],

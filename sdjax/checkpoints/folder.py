@@ -77,17 +77,16 @@ class Folder:
 
 
 def open(path: Path, variant: str | None = None) -> Folder:
-    """Open a diffusers folder, or one of the Hub's cache.
+    """Open a diffusers folder.
 
     Args:
-        path: the folder.
+        path: the folder; a model's in the Hub's cache is `snapshot`'s.
         variant: the variant of the weights, such as "fp16"; None takes the plain files, or the only
             variant that is there.
 
     Raises:
         InputError: naming the file and key that is missing, unknown or damaged.
     """
-    path = snapshot(path)
     if not (path / INDEX).exists() and not (path / INDEX).is_symlink():
         raise InputError(f"{path} has no {INDEX}: {instead(path)}")
     index = read_json(path / INDEX)

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from sdjax import bundled
-from sdjax.checkpoints import detect, folder, hub, naming, single_file
-from sdjax.checkpoints.tensors import Tensor, floating
+from sdjax.checkpoints import detect, fitting, folder, naming, single_file
+from sdjax.checkpoints.finding import find, readable
+from sdjax.checkpoints.tensors import Tensor, Tensors, floating
 from sdjax.diffusion.schedules import Schedule
 from sdjax.errors import InputError
 from sdjax.model import FrozenConfig, Model
-from sdjax.models.clip import CLIPTextModel, CLIPTextModelWithProjection, TextConfig
+from sdjax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from sdjax.models.unet import UNet
 from sdjax.models.vae import AutoencoderKL
 from sdjax.text import Tokenizer
@@ -143,56 +144,33 @@ def open_checkpoint(
     Raises:
         InputError: as `load`, but for what only the weights themselves show.
     """
-    path = bundled.place(where)
-    try:
-        if not path.exists() and not path.is_symlink() and hub.is_id(os.fspath(where)):
-            path = hub.download(os.fspath(where), variant)
-        if path.is_dir():
-            for name, value in (("config", config), ("ema", ema)):
-                if value:
-                    raise InputError(
-                        f"{name} is for single files, and {path} is a folder, whose own files say: "
-                        "leave it out"
-                    )
-            return open_folder(path, variant)
-        if variant is not None:
-            raise InputError(f"variant is for folders, and {path} is not one: leave it out")
-        return open_file(path, config, ema)
-    except OSError as error:
-        raise InputError(
-            f"{error.filename or path} cannot be read ({error.strerror or error}): check the path "
-            "and its mode"
-        ) from None
+    found = find(where, config=config, ema=ema, variant=variant)
+    with readable(found.path):
+        if isinstance(found.opened, folder.Folder):
+            return open_folder(found.opened)
+        if isinstance(found.opened, Tensors):
+            return open_file(found.opened, config, ema)
+    alone = found.opened
+    said, weights = found.path / "config.json", alone.tensors
+    vae = network("vae", alone.config, weights, said, weights.path)
+    return Source(found.path, {"vae": vae}, {}, {}, {})
 
 
-def open_folder(path: Path, variant: str | None = None) -> Source:
-    """`open` for a diffusers folder, or for one of an autoencoder alone."""
-    path = folder.snapshot(path)
-    alone = folder.autoencoder(path, variant)
-    if alone is not None:
-        said, weights = path / "config.json", alone.tensors
-        vae = network("vae", alone.config, weights, said, weights.path)
-        return Source(path, {"vae": vae}, {}, {}, {})
-    opened = folder.open(path, variant)
-    networks = {}
+def open_folder(opened: folder.Folder) -> Source:
+    """`open_checkpoint` for a diffusers folder."""
+    path, networks = opened.path, {}
     for name, part in opened.networks.items():
         with_file = part.path / "config.json"
         networks[name] = network(name, part.config, part.tensors, with_file, part.tensors.path)
     tokenizers = {name: Tokenizer.load(where) for name, where in opened.tokenizers.items()}
-    for name in ("text_encoder", "text_encoder_2"):
-        if name in networks and name.replace("text_encoder", "tokenizer") not in tokenizers:
-            raise InputError(
-                f"{path / folder.INDEX} has {name!r} but no tokenizer for it: complete the "
-                "checkpoint"
-            )
     scheduler = opened.schedulers["scheduler"]
     schedule(scheduler, path / "scheduler" / "scheduler_config.json")
-    return complete(Source(opened.path, networks, opened.index, scheduler, tokenizers))
+    return complete(Source(path, networks, opened.index, scheduler, tokenizers))
 
 
-def open_file(path: Path, config: str | os.PathLike | None, ema: bool) -> Source:
-    """`open` for a single file."""
-    tensors = folder.read(path)
+def open_file(tensors: Tensors, config: str | os.PathLike | None, ema: bool) -> Source:
+    """`open_checkpoint` for a single file."""
+    path = tensors.path
     chosen = None if config is None else os.fspath(config)
     found = detect.identify(tensors, chosen)
     parts = single_file.parts(tensors, found, ema)
@@ -228,49 +206,16 @@ def complete(source: Source) -> Source:
     """Check that the networks fit together.
 
     Raises:
-        InputError: no text encoder, tokens that it does not embed, or states that the UNet does not
-            take.
+        InputError: a network is missing, or two do not fit (`fitting`).
     """
     modules = {name: n.module for name, n in source.networks.items()}
-    encoders = [modules[name] for name in ("text_encoder", "text_encoder_2") if name in modules]
     unet, vae = modules["unet"], modules.get("vae")
-    if vae is None or not encoders:
+    if vae is None or not {"text_encoder", "text_encoder_2"} & set(modules):
         what = "autoencoder" if vae is None else "text encoder"
         raise InputError(f"{source.path} has a UNet and no {what}: give a whole checkpoint")
-    for name, tokenizer in source.tokenizers.items():
-        part = name.replace("tokenizer", "text_encoder")
-        if part in modules:
-            embeds(source.path, part, modules[part].text, tokenizer)
-    width = sum(encoder.text.hidden_size for encoder in encoders)
-    if width != unet.cross_attention_dim:
-        raise InputError(
-            f"{source.path}: the UNet's 'cross_attention_dim' is {unet.cross_attention_dim}, and "
-            f"its text encoders give {width}: the parts belong to different models"
-        )
-    if unet.out_channels != vae.latent_channels:
-        raise InputError(
-            f"{source.path}: the UNet's 'out_channels' is {unet.out_channels}, and its autoencoder "
-            f"has {vae.latent_channels} 'latent_channels': the parts belong to different models"
-        )
+    fitting.check_text(modules, source.tokenizers, source.path)
+    fitting.check_latents(unet, vae, source.path)
     return source
-
-
-def embeds(path: Path, part: str, text: TextConfig, tokenizer: Tokenizer) -> None:
-    """Refuse a tokenizer whose ids or whose length a text encoder has no embedding for."""
-    for key, has, needs, what in (
-        ("vocab_size", text.vocab_size, tokenizer.size, "knows {} tokens"),
-        (
-            "max_position_embeddings",
-            text.max_position_embeddings,
-            tokenizer.length,
-            "gives {} a prompt",
-        ),
-    ):
-        if needs > has:
-            raise InputError(
-                f"{path}: {key!r} of its {part} is {has}, and its tokenizer {what.format(needs)}: "
-                "use the tokenizer and the text encoder that were saved together"
-            )
 
 
 def network(

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from sdjax import bundled
+from sdjax.checkpoints.finding import look
 from sdjax.cli.request import DTYPES, known
 from sdjax.cli.show import Progress, say
 from sdjax.errors import InputError
@@ -22,6 +23,7 @@ def run(asked: argparse.Namespace) -> None:
             raise InputError(f"{out} is what is to be converted: give another name")
     if not out.absolute().parent.is_dir():
         raise InputError(f"{out.absolute().parent} is not a folder: make it first")
+    look(asked.path, config=asked.config, ema=asked.ema, variant=asked.variant)
     import sdjax
 
     progress = Progress()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdjax import bundled, images
+from sdjax.checkpoints.finding import look
 from sdjax.cli import request
 from sdjax.cli.request import Request
 from sdjax.cli.show import Interrupted, Progress, note, printable, say, waiting
@@ -33,15 +34,15 @@ def run(asked: argparse.Namespace) -> None:
     wanted = request.read(asked)
     if asked.model is None and asked.source is None:
         note(f"{bundled.NAME} is {bundled.ABOUT}: for a real checkpoint add --model PATH")
+    options: dict[str, Any] = dict(config=wanted.config, ema=wanted.ema, variant=wanted.variant)
+    look(wanted.model, **options)
     from sdjax import parallel
     from sdjax.checkpoints import digest
     from sdjax.checkpoints.loading import assemble, open_checkpoint, read
     from sdjax.checkpoints.tensors import floating
     from sdjax.cli import loras
 
-    source = open_checkpoint(
-        wanted.model, config=wanted.config, ema=wanted.ema, variant=wanted.variant
-    )
+    source = open_checkpoint(wanted.model, **options)
     if "unet" not in source.networks:
         raise InputError(f"{wanted.model} holds no UNet: give a whole checkpoint")
     if source.note:

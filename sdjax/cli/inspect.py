@@ -6,11 +6,13 @@ import json
 import os
 from typing import Any
 
+from sdjax.checkpoints.finding import look
 from sdjax.cli.show import printable, say
 
 
 def run(asked: argparse.Namespace) -> None:
     """Print what is known of a checkpoint without loading its weights."""
+    look(asked.path, config=asked.config, variant=asked.variant)
     from sdjax.checkpoints import inspect
 
     report = inspect(asked.path, config=asked.config, variant=asked.variant)

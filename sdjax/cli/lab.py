@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from sdjax import bundled
+from sdjax.checkpoints.finding import look
 from sdjax.cli import request
 from sdjax.cli.generate import keep_programs
 from sdjax.cli.show import Interrupted, note, say
@@ -36,6 +37,8 @@ def run(asked: argparse.Namespace) -> None:
     out = Path(asked.out)
     if out.exists() and not out.is_dir() and out.suffix != ".md":
         raise InputError(f"{out} is a file: give --out a folder, or a name ending in .md")
+    if not exact:
+        look(asked.model)
     from sdjax import lab
     from sdjax.diffusion.profiles import SAMPLERS
 

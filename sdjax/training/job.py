@@ -10,8 +10,9 @@ import jax
 import numpy as np
 
 from sdjax import bundled, config, parallel
-from sdjax.checkpoints import save
+from sdjax.checkpoints import fitting, save
 from sdjax.checkpoints.autoencoder import load_autoencoder, save_vae
+from sdjax.checkpoints.folder import TOKENIZERS
 from sdjax.checkpoints.loading import CLASSES, advised, family, load, load_vae
 from sdjax.checkpoints.lora import save_lora
 from sdjax.checkpoints.lpips import load_lpips
@@ -25,7 +26,7 @@ from sdjax.models.vae import AutoencoderKL
 from sdjax.models.vq import VQModel
 from sdjax.tasks.text_to_image import text_to_image
 from sdjax.text import Tokenizer
-from sdjax.training import data, encoding, feeding, fitting
+from sdjax.training import data, encoding, feeding
 from sdjax.training.data import Batches, Source
 from sdjax.training.first_stage import FirstStage, FirstStageLoss, measure_scale, split
 from sdjax.training.fresh import fresh
@@ -266,7 +267,8 @@ def _model(run: Run) -> tuple[Model, Params]:
         if not isinstance(vae, AutoencoderKL):
             raise InputError(f"model.vae {run.model.vae} is a VQModel: a KL autoencoder is wanted")
         model = dataclasses.replace(model, vae=vae)
-    fitting.check_latents(model, run.model.load or f"config {run.model.config}")
+    whose = run.model.load or f"config {run.model.config}"
+    fitting.check_latents(model.unet, model.vae, whose, "take parts of one model")
     return _rescheduled(run, model), params
 
 
@@ -299,19 +301,21 @@ def _fresh(run: Run) -> tuple[Model, Params]:
     for name in ("unet", "vae", "text_encoder", "scheduler"):
         if name not in tables:
             raise InputError(f"config {run.model.config} has no [{name}]: a model needs one")
+    written: dict[str, Any] = {"tokenizer": {}} | {n: tables[n] for n in TOKENIZERS if n in tables}
+    tokenizers = {name: _tokenizer(table) for name, table in written.items()}
+    fitting.check_text(modules, tokenizers, f"config {run.model.config}", "make them equal")
     model = Model(
         unet=modules["unet"],
         vae=modules["vae"],
         text_encoder=modules["text_encoder"],
         text_encoder_2=modules.get("text_encoder_2"),
-        tokenizer=_tokenizer(tables.get("tokenizer", {})),
-        tokenizer_2=_tokenizer(tables["tokenizer_2"]) if "tokenizer_2" in tables else None,
+        tokenizer=tokenizers["tokenizer"],
+        tokenizer_2=tokenizers.get("tokenizer_2"),
         schedule=Schedule.from_config(tables["scheduler"]),
         scheduler=FrozenConfig.of(tables["scheduler"]),
         family=family(modules, tables["scheduler"]),
         **advised(tables.get("model_index", {}), run.model.config or ""),
     )
-    fitting.check(model, f"config {run.model.config}")
     key = jax.random.key(run.run.seed)
     params = {n: fresh(m, jax.random.fold_in(key, i)) for i, (n, m) in enumerate(modules.items())}
     return model, params
