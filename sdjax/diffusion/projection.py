@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from sdjax.diffusion.guidance import Scale, partial, scale_at, sides
 from sdjax.diffusion.schedules import PREDICTIONS
-from sdjax.diffusion.stochastic import root
+from sdjax.diffusion.stochastic import Around, root
 from sdjax.errors import InputError
 from sdjax.types import Denoiser, Latents, Sigma, State, Step, StepNoise, pytree, static
 
@@ -123,7 +123,7 @@ class APG:
 
 
 @pytree
-class Momentum:
+class Momentum(Around):
     """A sampler that runs under `apg` with momentum. Sadat et al. (2410.02416).
 
     Each step's difference is added to `momentum` times the average before it; -0.5 is the paper's.
@@ -133,14 +133,6 @@ class Momentum:
 
     sampler: Any
     momentum: ArrayLike = -0.5
-
-    @property
-    def stochastic(self) -> Any:
-        return getattr(self.sampler, "stochastic", None)
-
-    @property
-    def brownian(self) -> bool:
-        return getattr(self.sampler, "brownian", False)
 
     def init(self, x: Latents) -> State:
         return self.sampler.init(x), jnp.zeros_like(x)

@@ -1,12 +1,27 @@
 """What stochastic samplers share: levels to step down to, and noise drawn only where asked for."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from sdjax.types import Latents, Sigma, Step, StepNoise
+
+
+class Around:
+    """A sampler around another, that draws as it does."""
+
+    sampler: Any
+
+    @property
+    def stochastic(self) -> Any:
+        return getattr(self.sampler, "stochastic", None)
+
+    @property
+    def brownian(self) -> bool:
+        return getattr(self.sampler, "brownian", False)
 
 
 def ancestral(sigma: Sigma, sigma_next: Sigma, eta: ArrayLike) -> tuple[Sigma, Sigma]:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from sdjax.diffusion import sampling
 from sdjax.diffusion.sampling import Sigmas
+from sdjax.diffusion.stochastic import Around
 from sdjax.errors import InputError
 from sdjax.types import Denoiser, Latents, Sampler, Sigma, State, Step, StepNoise, pytree
 
@@ -114,18 +115,10 @@ class _Seen(NamedTuple):
 
 
 @pytree
-class _Watched:
+class _Watched(Around):
     """A sampler whose state also holds the first estimate of its last step."""
 
     sampler: Any
-
-    @property
-    def stochastic(self) -> Any:
-        return getattr(self.sampler, "stochastic", None)
-
-    @property
-    def brownian(self) -> bool:
-        return getattr(self.sampler, "brownian", False)
 
     def init(self, x: Latents) -> State:
         return _Seen(self.sampler.init(x), jnp.zeros_like(x))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax.diffusion.plan import fitted
+from sdjax.diffusion.stochastic import Around
 from sdjax.diffusion.trajectories import evaluations
 from sdjax.lab.problems import Problem
 from sdjax.types import Denoiser, Latents, Sampler, State, Step, StepNoise, pytree
@@ -75,18 +76,10 @@ def _asked(
 
 
 @pytree
-class _Counting:
+class _Counting(Around):
     """A sampler that chooses its steps, whose image is in the end how often it asked."""
 
     sampler: Any
-
-    @property
-    def stochastic(self) -> Any:
-        return getattr(self.sampler, "stochastic", True)
-
-    @property
-    def brownian(self) -> bool:
-        return getattr(self.sampler, "brownian", False)
 
     def plan(self, sigmas: np.ndarray) -> tuple["_Counting", np.ndarray]:
         sampler, sigmas = fitted(self.sampler, sigmas)
