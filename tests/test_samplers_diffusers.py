@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import scheduler_peers
 import tiny
-from scheduler_peers import SD, SHAPE, theirs
+from scheduler_peers import SD, theirs
 
-from sdjax.diffusion import noise, profiles, sampling
+from sdjax.diffusion import profiles
 from sdjax.diffusion.schedules import Schedule
 from sdjax.errors import InputError
 from sdjax.model import FrozenConfig
@@ -176,10 +176,7 @@ CONFIGS = {
     },
     "LMSDiscreteScheduler": {"plain": {}, **SPACED},
     "KDPM2DiscreteScheduler": {"plain": {}, **WITHOUT_X0},
-    "KDPM2AncestralDiscreteScheduler": {
-        "plain": {},
-        **{name: change for name, change in WITHOUT_X0.items() if name != "karras"},
-    },
+    "KDPM2AncestralDiscreteScheduler": {"plain": {}, **WITHOUT_X0},
     "DPMSolverSDEScheduler": {"plain": {}, **WITHOUT_X0},
     "EulerDiscreteScheduler": {"beta": SPACED["beta"]},
     "EulerAncestralDiscreteScheduler": {"trailing": TRAILING},
@@ -264,30 +261,6 @@ def test_timesteps_and_sigmas_are_diffusers(cls):
             np.testing.assert_allclose(mine, want, rtol=2e-7, err_msg=name)
 
 
-def test_karras_levels_of_dpm2_ancestral_differ_by_the_timesteps_of_middles(monkeypatch):
-    """A middle stands at the next level, whose timestep diffusers rounds, and the middle's not; a
-    network that is told no timestep goes the same way.
-    """
-    monkeypatch.setattr(scheduler_peers, "network", lambda x, timestep: x - 0.1 * x / (1 + x * x))
-    karras = {"_class_name": "KDPM2AncestralDiscreteScheduler", **SD, "use_karras_sigmas": True}
-
-    def denoise(x, sigma):
-        return x - sigma * scheduler_peers.network(x / (1 + sigma**2) ** 0.5, None)
-
-    for n in (2, 3, 10, 25):
-        plan, peer = profiles.diffusers(karras, n), theirs(karras)
-        peer.set_timesteps(n)
-        levels, middles = peer.timesteps.numpy()[::2], peer.timesteps.numpy()[1::2]
-        np.testing.assert_array_equal(plan.timesteps, levels)
-        np.testing.assert_array_equal(np.round(middles), levels[1:])
-        assert (middles != levels[1:]).any()
-        x, draws = np.random.default_rng(n).standard_normal((2, n, 1, 1, *SHAPE), np.float32)
-        begin = x[0, 0] * plan.init_scale
-        got = sampling.sample(plan.sampler, denoise, begin, plan.sigmas, noise.Tape(draws))
-        want = scheduler_peers.torch_run(karras, n, x[0, 0], draws)
-        assert np.abs(got - want).max() <= (2e-4 if n <= 3 else 2e-5) * np.abs(want).max(), n
-
-
 @pytest.mark.parametrize(
     ("cls", "change", "said"),
     [
@@ -354,5 +327,3 @@ def test_notes_say_what_differs():
     for kind in ("learned", "learned_range", "fixed_large_log"):
         plan = profiles.diffusers({"_class_name": "DDPMScheduler", "variance_type": kind}, 4)
         assert kind in plan.note
-    karras = {"_class_name": "KDPM2AncestralDiscreteScheduler", "use_karras_sigmas": True}
-    assert "rounded" in profiles.diffusers(karras, 4).note

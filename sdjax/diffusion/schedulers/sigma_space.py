@@ -78,10 +78,6 @@ def sigma_space(config: Config, n: int, schedule: Schedule, notes: list[str]) ->
         t = log_timestep(table, sigmas)
         if kind == "karras" and name.startswith("KDPM2"):
             t = np.round(t)
-            if name == "KDPM2AncestralDiscreteScheduler":
-                # sqrt(sigma down) is sigma_next but for float32's last bit; that decides which of
-                # the level's two timesteps there the middle gets.
-                notes.append(f"a step's middle may get the next level's rounded timestep in {name}")
         t = single(t)
         last = float(table[0]) if ends_low else 0.0
     sigmas = np.append(sigmas, last).astype(np.float32).astype(np.float64)
