@@ -1,5 +1,6 @@
 """Runs before any test: small threads, no network, and every shape annotation checked."""
 
+import gc
 import os
 
 import pytest
@@ -8,7 +9,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads fight with XLA'
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is most of the time here
+# Compiling is most of the time here.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=2"
+)
+
+gc.set_threshold(200_000, 50, 100)  # tracing makes so many objects that collecting is a tenth
 
 from jaxtyping import install_import_hook  # noqa: E402
 
