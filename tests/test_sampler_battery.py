@@ -10,7 +10,7 @@ import k_diffusion
 import numpy as np
 import pytest
 from peers import QUICK
-from sampler_runs import DRAWS, SHAPE, SIGMAS, START, compiled, plain
+from sampler_runs import DRAWS, MIXTURE, SHAPE, SIGMAS, START, compiled, plain
 
 from sdjax.diffusion import noise, sampling, spacings
 from sdjax.diffusion.analytic import Gaussian
@@ -218,6 +218,17 @@ def test_orders_are_as_stated(name):
     errors = np.sqrt(np.mean((got - want) ** 2, (1, 2, 3)))
     order = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
     assert case.order[0] <= order <= case.order[1], (order, errors)
+
+
+def test_deis_of_order_3_reaches_it_on_finer_levels():
+    """24 to 96 steps are too few for it: 2.2 would be fitted there."""
+    (x, want), errors = fine(), []
+    for n in (96, 192, 384):
+        ramp = np.linspace(80.0 ** (1 / 7), 0.2 ** (1 / 7), n + 1) ** 7
+        with jax.enable_x64(True):
+            got = np.asarray(jax.jit(sampling.sample)(DEIS(3), MIXTURE, x, ramp))
+        errors.append(np.sqrt(np.mean((got - want) ** 2)))
+    assert 2.85 <= np.log2(errors[0] / errors[2]) / 2 <= 3.15, errors
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.chains])
