@@ -427,6 +427,12 @@ def test_a_method_of_guidance_is_passed_on_told_and_repeated(model, capsys, monk
     run[-1] = "--sampler=euler_cfg_pp"
     assert main([*run, f"--model={model}", "--out=c.png"]) == 0 and asked[2] == asked[0]
     assert settings_of("c.png")["sampler"] == "euler"
+    # A scale of one kind of guidance is no scale of the other.
+    again = ["generate", "--no-cache"]
+    assert main([*again, "--from=c.png", "--guidance-method=cfg", "--out=d.png"]) == 0
+    assert asked[3] == ("cfg", 7.5)
+    assert main([*again, "--from=d.png", "--sampler=ddim_cfg_pp", "--out=e.png"]) == 0
+    assert asked[4] == ("cfg_plus_plus", 0.6)
 
 
 @pytest.mark.parametrize(

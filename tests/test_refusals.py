@@ -338,6 +338,13 @@ def test_parts_of_different_models(folder):
     refused(folder, "cross_attention_dim", "different models")
 
 
+def test_a_text_encoder_without_its_tokenizer(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["tokenizer"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    refused(folder, "has a text_encoder and no tokenizer: add it")
+
+
 def test_a_tokenizer_that_knows_more_than_its_text_encoder_embeds(folder):
     path = folder / "tokenizer/tokenizer_config.json"
     edit_json(path, model_max_length=78)

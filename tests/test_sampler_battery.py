@@ -220,6 +220,20 @@ def test_orders_are_as_stated(name):
     assert case.order[0] <= order <= case.order[1], (order, errors)
 
 
+def test_the_gradient_to_eta_is_its_difference_where_dpm2_ancestral_looks_beside_a_level():
+    """At eta 1 its middle is the next level."""
+    x, sigmas = 10 * START.astype(np.float64), np.asarray(SIGMAS, np.float64)
+    tape = noise.Tape(DRAWS.astype(np.float64))
+    with jax.enable_x64(True):
+
+        def end(eta):
+            return jnp.sum(sampling.sample(DPM2Ancestral(eta), MIXTURE, x, sigmas, tape) ** 2)
+
+        slope = jax.jit(jax.grad(end))(1.0)
+        ends = [jax.jit(end)(eta) for eta in (1 - 1e-4, 1 + 1e-4)]
+        np.testing.assert_allclose(slope, (ends[1] - ends[0]) / 2e-4, rtol=1e-2)
+
+
 def test_deis_of_order_3_reaches_it_on_finer_levels():
     """24 to 96 steps are too few for it: 2.2 would be fitted there."""
     (x, want), errors = fine(), []

@@ -74,7 +74,7 @@ def command(home: Path, name: str, steps: int, *more: str) -> list[str]:
 
 
 def environment(devices: int = 1, **more: str) -> dict[str, str]:
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | more
 
 

@@ -16,8 +16,13 @@ if TYPE_CHECKING:
 __all__ = ["Report", "inspect", "load", "load_vae", "save"]
 
 # Imported when first used: what reads headers refuses bad files before jax loads.
-_HOME = {"Report": "report", "inspect": "report", "load": "loading", "load_vae": "loading"}
-_HOME["save"] = "saving"
+_HOME = {
+    "Report": "report",
+    "inspect": "report",
+    "load": "loading",
+    "load_vae": "loading",
+    "save": "saving",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -26,3 +31,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from sdjax import config as shipped
 from sdjax.checkpoints.files import read_json
+from sdjax.checkpoints.fitting import tokenizer_of
 from sdjax.checkpoints.tensors import Tensor, Tensors
 from sdjax.config import Configs
 from sdjax.errors import InputError
@@ -363,8 +364,7 @@ def read_config(config: str | Path) -> Configs:
     for part in ("text_encoder", "text_encoder_2"):
         if part in configs:
             pad = "!" if configs[part].get("hidden_act") == "gelu" else "<|endoftext|>"
-            tokenizer = part.replace("text_encoder", "tokenizer")
-            configs.setdefault(tokenizer, {}).setdefault("pad_token", pad)
+            configs.setdefault(tokenizer_of(part), {}).setdefault("pad_token", pad)
     return configs
 
 

@@ -34,9 +34,9 @@ def check_text(
             f"{' and '.join(names)} gives {width}: {mend}"
         )
     for name in names:
-        text, tokenizer = modules[name].text, tokenizers.get(other(name))
+        text, tokenizer = modules[name].text, tokenizers.get(tokenizer_of(name))
         if tokenizer is None:
-            raise InputError(f"{where} has a {name} and no {other(name)}: a prompt needs both")
+            raise InputError(f"{where} has a {name} and no {tokenizer_of(name)}: add it")
         ids, length = text.vocab_size, text.max_position_embeddings
         for key, has, needed, what in (
             ("vocab_size", ids, tokenizer.size, "has {} ids"),
@@ -44,7 +44,7 @@ def check_text(
         ):
             if needed > has:
                 raise InputError(
-                    f"{where}: {key} of its {name} is {has}, and its {other(name)} "
+                    f"{where}: {key} of its {name} is {has}, and its {tokenizer_of(name)} "
                     f"{what.format(needed)}: {mend}"
                 )
 
@@ -58,6 +58,6 @@ def check_latents(unet: Any, vae: Any, where: Any, mend: str = MEND) -> None:
         )
 
 
-def other(encoder: str) -> str:
+def tokenizer_of(encoder: str) -> str:
     """The tokenizer's name that belongs to a text encoder's."""
     return encoder.replace("text_encoder", "tokenizer")

@@ -80,7 +80,7 @@ def open(path: Path, variant: str | None = None) -> Folder:
     """Open a diffusers folder.
 
     Args:
-        path: the folder; a model's in the Hub's cache is `snapshot`'s.
+        path: the folder; of the Hub's cache, what `snapshot` returns.
         variant: the variant of the weights, such as "fp16"; None takes the plain files, or the only
             variant that is there.
 

@@ -75,7 +75,8 @@ def parser() -> Parser:
     make.add_argument(
         "--guidance",
         metavar="SCALE",
-        help="how closely to follow the prompt; 1 is off (the model's own, else 7.5; CFG++ 0.6)",
+        help="how closely to follow the prompt; 1 is off (the model's own, else 7.5); of CFG++ "
+        "0 to 1 (0.6)",
     )
     make.add_argument("--guidance-method", metavar="NAME", help=f"how: {', '.join(GUIDANCE)} (cfg)")
     make.add_argument("--seed", metavar="N", help="0 to 2**64 - 1 (drawn, and said)")

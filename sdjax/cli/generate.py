@@ -187,13 +187,15 @@ def check_weights(wanted: Request, model: "Model", found: str) -> None:
 def common_settings(wanted: Request, model: "Model") -> dict[str, Any]:
     """What every image's PNG says."""
     from sdjax import __version__
-    from sdjax.diffusion import profiles
+    from sdjax.diffusion import profiles, torch_noise
     from sdjax.tasks.plan import choose
 
     assert wanted.steps  # `completed`
     plan = choose(model, wanted.steps, wanted.sampler, wanted.spacing)
     if plan.note:
         note(plan.note)
+    if wanted.noise:
+        torch_noise.per_step(wanted.noise, plan.sampler)
     names = {kind: name for name, kind in profiles.SAMPLERS.items()}
     # Its name says more than its place, which is another one on other machines.
     where = bundled.NAME if bundled.is_meant(wanted.model) else wanted.model

@@ -77,11 +77,13 @@ def read(asked: argparse.Namespace) -> Request:
     named = known("sampler", given("sampler", "sampler"), (*SAMPLERS, *CFG_PLUS_PLUS))
     method = known("guidance method", asked.guidance_method, GUIDANCE)
     sampler, method = apart(named, method)
-    if method is None:
-        method = known("guidance method", old.get("guidance_method"), GUIDANCE)
+    before = known("guidance method", old.get("guidance_method"), GUIDANCE)
+    method = before if method is None else method
     spacing = known("spacing", given("spacing", "spacing"), SPACINGS)
     noise = known("noise", given("noise", "noise"), NOISES)
-    guidance = given("guidance", "guidance_scale")
+    guidance = asked.guidance
+    if guidance is None and (method == "cfg_plus_plus") == (before == "cfg_plus_plus"):
+        guidance = old.get("guidance_scale")  # CFG++'s is another kind of number
     guidance = number("guidance", guidance) if guidance is not None else None
     height, width = (side(name, given(name, name)) for name in ("height", "width"))
     dtype = known("dtype", given("dtype", "dtype"), DTYPES)

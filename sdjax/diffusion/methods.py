@@ -3,7 +3,8 @@
 `text_to_image(guidance=)` hands them a `Sides`. A method may be a module-level function, a
 `jax.tree_util.Partial` of one (`Partial(projection.apg, norm=10.0)`), or any callable pytree.
 Numbers among its arguments are leaves, so that new ones never recompile, and may be one an image,
-[b, 1, 1, 1]; names, flags and functions belong to the program. Five attributes are optional:
+[b, 1, 1, 1]; names, flags and functions belong to the program. Five attributes of a pytree's class
+are optional:
 
 - `limits`: the least and the greatest scale.
 - `advised_scale`: the scale where none is given, instead of what the model's makers advise.

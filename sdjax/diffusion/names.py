@@ -86,7 +86,7 @@ CFG_PLUS_PLUS = {
         "gradient_estimation",
     )
 }
-"""A sampler and CFG++ in one word, as ComfyUI has them; and the sampler's own name."""
+"""A sampler and CFG++ in one word, as ComfyUI has most of them; and the sampler's own name."""
 
 
 def apart(sampler: Any, guidance: Any) -> tuple[Any, Any]:

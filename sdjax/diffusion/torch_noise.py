@@ -11,9 +11,11 @@ import numpy as np
 
 from sdjax.diffusion.noise import Tape
 from sdjax.diffusion.plan import Plan
-from sdjax.diffusion.trajectories import draws as drawn_at_once
+from sdjax.diffusion.samplers import Restart
+from sdjax.diffusion.trajectories import draws as draws_of
 from sdjax.diffusion.trajectories import may_draw
 from sdjax.errors import InputError
+from sdjax.types import Sampler
 
 NAMES = ("torch-cpu", "torch-cuda")
 
@@ -48,13 +50,31 @@ def record(
     if nothing.
 
     `shape` is one image's. A step draws as often as the sampler does, also where it makes no use of
-    it; but in a run whose levels rise (`Restart`) only the rises draw, as in A1111. White noise is
-    what diffusers draws for the multistep solvers of the SDE; k-diffusion and A1111 take theirs
-    from torchsde's Brownian tree, which is not repeated here. A sampler that needs such a path
-    within its step is refused, as is one that chooses its steps and draws at each.
+    it; but of `Restart` only where levels rise, as in A1111. White noise is what diffusers draws
+    for the multistep solvers of the SDE; k-diffusion and A1111 take theirs from torchsde's Brownian
+    tree, which is not repeated here.
+
+    Raises:
+        InputError: as `per_step`.
     """
-    sampler = plan.sampler
-    each = drawn_at_once(sampler, shape)
+    each = per_step(name, plan.sampler)
+    steps = len(plan.sigmas) - 1
+    rises = np.diff(plan.sigmas) > 0
+    turn = np.cumsum(rises) - rises if isinstance(plan.sampler, Restart) else np.arange(steps)
+    start, *later = draw(name, seeds, shape, 1 + each * (int(turn[-1]) + 1))
+    if not each:
+        return start, None
+    return start, Tape(np.stack(later).reshape(-1, each, *start.shape)[turn])
+
+
+def per_step(name: str, sampler: Sampler) -> int:
+    """How often a sampler draws in a step.
+
+    Raises:
+        InputError: its draws are of one Brownian path within the step, or it chooses its steps and
+            draws at each, so that noise in turn is not its noise.
+    """
+    each = draws_of(sampler, (8, 8, 4))
     path = each > 1 and getattr(sampler, "brownian", False)
     if path or (not each and may_draw(sampler)):
         why = "of a Brownian path" if path else "drawn at steps of its own choice"
@@ -62,12 +82,7 @@ def record(
             f"{type(sampler).__name__}'s noise is {why}, which {name} cannot repeat: leave noise "
             "out, or take another sampler"
         )
-    rises = np.diff(plan.sigmas) > 0
-    turn = np.cumsum(rises) - rises if rises.any() else np.arange(len(rises))
-    start, *later = draw(name, seeds, shape, 1 + each * (int(turn[-1]) + 1))
-    if not each:
-        return start, None
-    return start, Tape(np.stack(later).reshape(-1, each, *start.shape)[turn])
+    return each
 
 
 def torch_cpu(seed: int, count: int, draws: int = 1) -> np.ndarray:

@@ -59,11 +59,12 @@ class DPM2Ancestral:
         self, denoise: Denoiser, x: Latents, at: Step, state: State, noise: StepNoise
     ) -> tuple[Latents, State]:
         def beside(x: Latents, sigma: Sigma) -> Latents:
-            """At eta 1 a middle is the next level but for rounding; kept off it, for a plan's
+            """At eta 1 a middle is the next level but for rounding; kept above it, for a plan's
             timestep of a level need not be a middle's (diffusers rounds the one only).
             """
             near = jnp.abs(sigma - at.sigma_next) <= 1e-6 * at.sigma_next
-            return denoise(x, jnp.where(near, at.sigma_next * (1 - 2.0**-23), sigma))
+            off = jnp.where(near, at.sigma_next * (1 + 2.0**-23) - sigma, 0.0)
+            return denoise(x, sigma + jax.lax.stop_gradient(off))
 
         down, up = ancestral(at.sigma, at.sigma_next, self.eta)
         x = midpoint(beside, x, at.sigma, down)
