@@ -16,7 +16,7 @@ QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_co
 if version("jaxlib").startswith("0.10."):  # one that does not know a flag would stop
     os.environ.setdefault("XLA_FLAGS", QUICK)
 
-gc.set_threshold(200_000, 50, 100)  # tracing makes so many objects that collecting is a tenth
+gc.set_threshold(200_000, 10, 10)  # tracing makes so many objects that collecting is a tenth
 
 from jaxtyping import install_import_hook  # noqa: E402
 

@@ -339,9 +339,7 @@ def test_parts_of_different_models(folder):
 
 
 def test_a_text_encoder_without_its_tokenizer(folder):
-    index = json.loads((folder / "model_index.json").read_text())
-    del index["tokenizer"]
-    (folder / "model_index.json").write_text(json.dumps(index))
+    edit_json(folder / "model_index.json", tokenizer=[None, None])
     refused(folder, "has a text_encoder and no tokenizer: add it")
 
 
