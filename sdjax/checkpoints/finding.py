@@ -3,8 +3,8 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from sdjax import bundled
 from sdjax.checkpoints import folder, hub
@@ -12,12 +12,18 @@ from sdjax.checkpoints.tensors import Tensors
 from sdjax.errors import InputError
 
 
-class Found(NamedTuple):
-    """A checkpoint whose configs and headers have been read."""
+@dataclass(frozen=True)
+class Found(os.PathLike):
+    """A checkpoint whose configs and headers have been read: a path that need not be read again."""
 
+    where: str
+    """As the user gave it."""
     path: Path
     opened: folder.Folder | folder.Component | Tensors
     """A diffusers folder, the folder of an autoencoder alone, or a single file."""
+
+    def __fspath__(self) -> str:
+        return self.where
 
 
 def find(
@@ -29,9 +35,13 @@ def find(
 ) -> Found:
     """Find a checkpoint and open it; arguments and errors are those of `load`.
 
+    What is found already stays as it is.
+
     Raises:
         InputError: what is wrong with files, configs and headers by themselves.
     """
+    if isinstance(where, Found):
+        return where
     path = bundled.place(where)
     with readable(path):
         if not path.exists() and not path.is_symlink() and hub.is_id(os.fspath(where)):
@@ -39,7 +49,7 @@ def find(
         if not path.is_dir():
             if variant is not None:
                 raise InputError(f"variant is for folders, and {path} is not one: leave it out")
-            return Found(path, folder.read(path))
+            return Found(os.fspath(where), path, folder.read(path))
         for name, value in (("config", config), ("ema", ema)):
             if value:
                 raise InputError(
@@ -48,16 +58,8 @@ def find(
                 )
         path = folder.snapshot(path)
         alone = folder.autoencoder(path, variant)
-        return Found(path, folder.open(path, variant) if alone is None else alone)
-
-
-def look(where: str | os.PathLike, **options: Any) -> None:
-    """Refuse what `find` refuses, but for a Hub id, which would be asked for twice.
-
-    A command looks before it imports jax, which takes longer.
-    """
-    if os.path.lexists(bundled.place(where)) or not hub.is_id(os.fspath(where)):
-        find(where, **options)
+        opened = folder.open(path, variant) if alone is None else alone
+        return Found(os.fspath(where), path, opened)
 
 
 @contextlib.contextmanager

@@ -106,7 +106,7 @@ def load(
         )
     if source.note:
         warnings.warn(source.note, stacklevel=2)
-    model = assemble(source, str(where))
+    model = assemble(source, os.fspath(where))
     return model, read(source, target, progress)
 
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from sdjax import bundled
-from sdjax.checkpoints.finding import look
+from sdjax.checkpoints.finding import find
 from sdjax.cli.request import DTYPES, known
 from sdjax.cli.show import Progress, say
 from sdjax.errors import InputError
@@ -23,13 +23,13 @@ def run(asked: argparse.Namespace) -> None:
             raise InputError(f"{out} is what is to be converted: give another name")
     if not out.absolute().parent.is_dir():
         raise InputError(f"{out.absolute().parent} is not a folder: make it first")
-    look(asked.path, config=asked.config, ema=asked.ema, variant=asked.variant)
+    found = find(asked.path, config=asked.config, ema=asked.ema, variant=asked.variant)
     import sdjax
 
     progress = Progress()
     try:
         model, params = sdjax.load(
-            asked.path,
+            found,
             dtype=dtype,
             config=asked.config,
             ema=asked.ema,

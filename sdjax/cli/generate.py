@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdjax import bundled, images
-from sdjax.checkpoints.finding import look
+from sdjax.checkpoints.finding import find
 from sdjax.cli import request
 from sdjax.cli.request import Request
 from sdjax.cli.show import Interrupted, Progress, note, printable, say, waiting
@@ -35,14 +35,14 @@ def run(asked: argparse.Namespace) -> None:
     if asked.model is None and asked.source is None:
         note(f"{bundled.NAME} is {bundled.ABOUT}: for a real checkpoint add --model PATH")
     options: dict[str, Any] = dict(config=wanted.config, ema=wanted.ema, variant=wanted.variant)
-    look(wanted.model, **options)
+    found = find(wanted.model, **options)
     from sdjax import parallel
     from sdjax.checkpoints import digest
     from sdjax.checkpoints.loading import assemble, open_checkpoint, read
     from sdjax.checkpoints.tensors import floating
     from sdjax.cli import loras
 
-    source = open_checkpoint(wanted.model, **options)
+    source = open_checkpoint(found, **options)
     if "unet" not in source.networks:
         raise InputError(f"{wanted.model} holds no UNet: give a whole checkpoint")
     if source.note:
@@ -67,7 +67,7 @@ def run(asked: argparse.Namespace) -> None:
         # Once: a call with params on one device copies them to all others again.
         params = loras.merged(read(source, dtype, progress.loading), updates)
         params = parallel.replicate(params)
-        del source, updates
+        del found, source, updates
         for job, pixels in made(wanted, model, params, progress):
             own = settings | {"prompt": job.prompt, "seed": job.seed}
             stem = wanted.stem or images.safe_name(job.prompt, job.seed)

@@ -6,16 +6,16 @@ import json
 import os
 from typing import Any
 
-from sdjax.checkpoints.finding import look
+from sdjax.checkpoints.finding import find
 from sdjax.cli.show import printable, say
 
 
 def run(asked: argparse.Namespace) -> None:
     """Print what is known of a checkpoint without loading its weights."""
-    look(asked.path, config=asked.config, variant=asked.variant)
+    found = find(asked.path, config=asked.config, variant=asked.variant)
     from sdjax.checkpoints import inspect
 
-    report = inspect(asked.path, config=asked.config, variant=asked.variant)
+    report = inspect(found, config=asked.config, variant=asked.variant)
     if asked.json:
         whole = {"parameters": report.parameters, "dtypes": report.dtypes, "sha256": report.sha256}
         say(json.dumps(dataclasses.asdict(report) | whole, indent=2, default=_plain))

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from sdjax import bundled
-from sdjax.checkpoints.finding import look
+from sdjax.checkpoints.finding import find
 from sdjax.cli import request
 from sdjax.cli.generate import keep_programs
 from sdjax.cli.show import Interrupted, note, say
@@ -37,19 +37,18 @@ def run(asked: argparse.Namespace) -> None:
     out = Path(asked.out)
     if out.exists() and not out.is_dir() and out.suffix != ".md":
         raise InputError(f"{out} is a file: give --out a folder, or a name ending in .md")
-    if not exact:
-        look(asked.model)
+    checkpoint = None if exact else find(asked.model)
     from sdjax import lab
     from sdjax.diffusion.profiles import SAMPLERS
 
     keep_programs(asked)
     problem: lab.Problem
-    if exact:
+    if checkpoint is None:
         problem = lab.PROBLEMS[asked.model]()
     else:
         from sdjax.checkpoints.loading import load
 
-        model, params = load(asked.model, dtype=asked.dtype or ("float32" if own else None))
+        model, params = load(checkpoint, dtype=asked.dtype or ("float32" if own else None))
         problem = lab.Pictures(
             model,
             params,

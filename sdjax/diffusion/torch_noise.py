@@ -58,9 +58,10 @@ def record(
         InputError: as `per_step`.
     """
     each = per_step(name, plan.sampler)
-    steps = len(plan.sigmas) - 1
-    rises = np.diff(plan.sigmas) > 0
-    turn = np.cumsum(rises) - rises if isinstance(plan.sampler, Restart) else np.arange(steps)
+    turn = np.arange(len(plan.sigmas) - 1)
+    if isinstance(plan.sampler, Restart):
+        rises = np.diff(plan.sigmas) > 0
+        turn = np.cumsum(rises) - rises
     start, *later = draw(name, seeds, shape, 1 + each * (int(turn[-1]) + 1))
     if not each:
         return start, None
