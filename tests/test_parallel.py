@@ -11,6 +11,8 @@ from peers import LITTLE, assert_same_pictures, save_tiny_pipeline
 
 from sdjax import parallel
 
+ROOT = Path(__file__).parents[1]
+
 SAMPLE = """
 import sys
 import jax
@@ -52,11 +54,16 @@ def folder(tmp_path_factory):
 def on(devices, folder):
     """What a user's own process makes there, optimised as theirs is."""
     out = folder / f"{devices}.npz"
+    command = [sys.executable, "-c", SAMPLE, folder, out]
+    subprocess.run(command, env=users(devices), cwd=ROOT, check=True)
+    return np.load(out)
+
+
+def users(devices):
+    """The environment of a user who has so many devices."""
     env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     env.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
-    root = Path(__file__).parents[1]
-    subprocess.run([sys.executable, "-c", SAMPLE, folder, out], env=env, cwd=root, check=True)
-    return np.load(out)
+    return env
 
 
 def test_any_number_of_devices_makes_the_same_noise_and_pictures(folder):
@@ -68,6 +75,43 @@ def test_any_number_of_devices_makes_the_same_noise_and_pictures(folder):
         assert_same_pictures(many["images"], one["images"])
     # On 8 every image was alone on its device: the images around it do not matter, nor its place.
     assert_same_pictures(one["backwards"], one["images"])
+
+
+AT_ONCE = """
+from concurrent.futures import ThreadPoolExecutor
+import jax
+import jax.numpy as jnp
+import numpy as np
+import sdjax
+
+model, params = sdjax.load(dtype="float32")
+params = sdjax.replicate(params["unet"])
+draw = np.random.default_rng(0)
+x = draw.standard_normal((2, 12, 16, 16, 4), np.float32)
+context = draw.standard_normal((2, 12, 77, model.unet.cross_attention_dim), np.float32)
+
+def sampled(params, x, context):
+    def step(x, t):
+        y = model.unet.apply({"params": params}, x, t, context)
+        return 0.9 * x + 0.1 * y, None
+
+    return jax.lax.scan(step, x, jnp.linspace(999.0, 1.0, 20))[0]
+
+one = jax.jit(sampled)
+alone = np.stack([one(params, *both) for both in zip(x, context)])
+devices = jax.pmap(sampled, in_axes=(None, 0, 0))(params, x, context)
+with ThreadPoolExecutor(2) as pool:
+    threads = list(pool.map(lambda i: np.asarray(one(params, x[i], context[i])), range(2)))
+print(max(float(abs(np.asarray(made) - alone).max()) for made in (devices, threads)))
+"""
+
+
+def test_programs_that_run_at_once_on_a_cpu_do_not_disturb_each_other():
+    """XLA's convolutions by Eigen, at once on two devices or from two threads, are wrong by 1."""
+    made = subprocess.run(
+        [sys.executable, "-c", AT_ONCE], env=users(2), cwd=ROOT, check=True, capture_output=True
+    )
+    assert float(made.stdout) < 1e-4
 
 
 def test_join_undoes_split():

@@ -53,28 +53,33 @@ def direct(
 def _cpu(
     x: Float[Array, "b h w c"], kernel: Float[Array, "kh kw c k"], stride: int, pads: Pads
 ) -> Float[Array, "b H W k"]:
-    """Choose by shape; the thresholds were measured at SD1.5's sizes (benchmarks/README.md)."""
-    _, h, w, c = x.shape
-    same3x3 = kernel.shape[:2] == (3, 3) and stride == 1 and pads == ((1, 1), (1, 1))
-    if same3x3 and h % 2 == w % 2 == 0 and h * w >= 1024 and min(c, kernel.shape[3]) >= 128:
-        return winograd(x, kernel) if x.dtype == jnp.float32 else eigen(x, kernel, stride, pads)
-    return eigen(x, kernel, stride, pads)
+    """Choose by shape; the thresholds were measured at SD1.5's sizes (benchmarks/README.md).
 
-
-def eigen(
-    x: Float[Array, "b h w c"], kernel: Float[Array, "kh kw c k"], stride: int, pads: Pads
-) -> Float[Array, "b H W k"]:
-    """Convolve on a CPU with one row more than asked for, which is cut off again.
-
-    XLA (jaxlib 0.10) sends convolutions to YNNPACK unless the output is larger than the input;
-    Eigen needs as little as half of YNNPACK's time (8x8, 1280 channels: 20 ms against 45).
+    XLA (jaxlib 0.10) takes YNNPACK for products and for convolutions whose output is not larger
+    than their input, Eigen else. Eigen's convolutions are as fast and often faster, and are not
+    used: in programs that run at the same time, on several CPU devices or from several threads,
+    they give wrong numbers.
     """
-    (top, bottom), sides = pads
-    height = (x.shape[1] + top + bottom - kernel.shape[0]) // stride + 1
-    more = (x.shape[1] - height + 1) * stride
-    if stride > 1 or not 0 < more <= 2:
-        return direct(x, kernel, stride, pads)
-    return direct(x, kernel, stride, ((top, bottom + more), sides))[:, :height]
+    b, h, w, c = x.shape
+    same3x3 = kernel.shape[:2] == (3, 3) and stride == 1 and pads == ((1, 1), (1, 1))
+    if same3x3 and x.dtype == jnp.float32 and min(c, kernel.shape[3]) >= 128:
+        if b * h * w < 512:
+            return patched(x, kernel, pads)
+        if h % 2 == w % 2 == 0:
+            return winograd(x, kernel)
+    return direct(x, kernel, stride, pads)
+
+
+def patched(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "kh kw c k"], pads: Pads
+) -> Float[Array, "b H W k"]:
+    """Convolve as one product with each window's pixels side by side, for few pixels."""
+    rows, columns, c, k = kernel.shape
+    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    b, h, w = padded.shape[0], padded.shape[1] - rows + 1, padded.shape[2] - columns + 1
+    taps = [padded[:, i : i + h, j : j + w] for i in range(rows) for j in range(columns)]
+    windows = jnp.concatenate(taps, -1).reshape(b * h * w, rows * columns * c)
+    return jnp.dot(windows, kernel.reshape(-1, k)).reshape(b, h, w, k)
 
 
 def winograd(
@@ -113,9 +118,11 @@ def doubled_conv2d(
 
     Under nearest doubling a 3x3 window sees but 2x2 different pixels. Rows of the kernel that meet
     the same pixel are added, one 2x2 kernel for each parity of row and column: 16 products where
-    the plain form has 36, and a quarter of the reading.
+    the plain form has 36, and a quarter of the reading. For few pixels that adding takes longest.
     """
-    return lax.platform_dependent(x, kernel, cpu=_by_parity, default=_doubled_first)
+    b, h, w, _ = x.shape
+    cpu = _by_parity if b * h * w >= 2048 else _doubled_first
+    return lax.platform_dependent(x, kernel, cpu=cpu, default=_doubled_first)
 
 
 def upsample_nearest(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
@@ -142,7 +149,7 @@ def _by_parity(x: Array, kernel: Array) -> Array:
 @jax.custom_jvp
 def _two_by_two(x: Array, kernel: Array) -> Array:
     """A 2x2 convolution with padding 1; its derivatives are products, where XLA's own are slow."""
-    return direct(x, kernel, 1, ((1, 1), (1, 1)))
+    return patched(x, kernel, ((1, 1), (1, 1)))
 
 
 @_two_by_two.defjvp
