@@ -286,6 +286,7 @@ def _opened(path: str | Path, formats: list[str] | None = None) -> Iterator[Any]
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise InputError(f"{path} claims to be larger than any image should be") from None
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+        why = error.strerror or error
+        raise InputError(f"{path or repr(path)} cannot be read ({why}): check the path") from None
     except (SyntaxError, ValueError, EOFError) as error:
         raise InputError(f"{path} is damaged: {error}") from None

@@ -120,7 +120,7 @@ def somewhere(tmp_path, monkeypatch):
         (["--model", "a/b/c"], "there is no model at a/b/c"),
         (["--model", "file"], "file"),
         (["--from", "file"], "file is not a PNG"),
-        (["--from", ""], "cannot be read: No such file"),
+        (["--from", ""], "'' cannot be read (No such file"),
         (["--from", "there.png"], "there.png holds no settings of sdjax"),
         (["--negative", "a\udcffb"], "the negative 'a\\udcffb' is not valid Unicode"),
     ],
