@@ -1,10 +1,16 @@
 """Importing sdjax costs what importing jax and flax costs."""
 
 import json
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from safetensors import numpy
+
+from sdjax import bundled
+from sdjax.checkpoints import safetensors
 
 HEAVY = {
     "PIL",
@@ -54,17 +60,52 @@ def test_the_package_itself_waits_with_jax_until_a_name_is_used():
     assert "jax" not in modules_after("import sdjax, sdjax.cli")
 
 
-@pytest.mark.parametrize("command", ["inspect {}", "convert {} out", "generate cat --model {}"])
+COMMANDS = pytest.mark.parametrize(
+    "command", ["inspect {}", "convert {} out", "generate cat --model {}"]
+)
+
+
+def assert_refused_before_jax(command, path, said, cwd):
+    """A command on a path ends with code 2 and words of its sentence, and never imports jax."""
+    main = f"from sdjax.cli.command import main; code = main({command.format(path).split()})"
+    program = f"import sys; {main}; print(code, 'jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=cwd)
+    assert done.stdout.split() == ["2", "False"] and said in done.stderr, done.stderr
+
+
+@COMMANDS
 def test_a_file_that_holds_no_weights_is_refused_before_jax_loads(command, tmp_path):
     (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
     for name, said in (("pointer.safetensors", "Git LFS pointer"), ("gone", f"{tmp_path}/gone")):
-        words = command.format(tmp_path / name).split()
-        main = f"from sdjax.cli.command import main; code = main({words})"
-        program = f"import sys; {main}; print(code, 'jax' in sys.modules)"
-        done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path
+        assert_refused_before_jax(command, tmp_path / name, said, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def misfits(tmp_path_factory):
+    """Copies of the bundled folder with one thing wrong, and what is said of each."""
+    key, changes = "conv_out.weight", {}
+    changes["missing"] = lambda all: all.pop(key)
+    changes["extra"] = lambda all: all.update(stray=all[key])
+    changes["shape"] = lambda all: all.update({key: all[key][1:]})
+    changes["integers"] = lambda all: all.update({key: all[key].astype(np.int8)})
+    said = {"missing": "lacks", "extra": "'stray'", "shape": "has shape", "integers": "is int8"}
+    paths = {}
+    for name, change in changes.items():
+        path = shutil.copytree(bundled.HOME, tmp_path_factory.mktemp(name) / name)
+        weights = path / "unet" / "diffusion_pytorch_model.safetensors"
+        tensors = {key: tensor.read() for key, tensor in safetensors.open(weights).items()}
+        change(tensors)
+        numpy.save_file(
+            {key: np.ascontiguousarray(array) for key, array in tensors.items()}, weights
         )
-        assert done.stdout.split() == ["2", "False"] and said in done.stderr
+        paths[path] = said[name]
+    return paths
+
+
+@COMMANDS
+def test_weights_that_do_not_fit_are_refused_before_jax_loads(command, misfits, tmp_path):
+    for path, said in misfits.items():
+        assert_refused_before_jax(command, path, said, tmp_path)
 
 
 def test_modules_of_the_mathematics_come_when_named():

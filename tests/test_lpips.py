@@ -7,7 +7,6 @@ import numpy as np
 import peers
 import pytest
 
-from sdjax.checkpoints import naming
 from sdjax.checkpoints.lpips import load_lpips
 from sdjax.errors import InputError
 from sdjax.models.lpips import LPIPS, unit
@@ -40,7 +39,7 @@ def test_features_that_are_all_zero_have_no_gradient():
 
 
 def test_parameters_have_the_packages_names_and_vgg16s_shapes():
-    expected = naming.expected(LPIPS())
+    expected = LPIPS().shapes()
     theirs = first_stage_peers.lpips((64, 128, 256, 512, 512)).state_dict()
     assert expected == {key: tuple(value.shape) for key, value in theirs.items()}
     assert expected["net.slice5.28.weight"] == (512, 512, 3, 3) and len(expected) == 31

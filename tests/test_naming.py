@@ -10,12 +10,14 @@ import pytest
 import tiny
 
 from sdjax import config
-from sdjax.checkpoints import naming, safetensors, shapes
+from sdjax.checkpoints import naming, placing, safetensors
 from sdjax.checkpoints.safetensors import Entry
 from sdjax.errors import InputError
 from sdjax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from sdjax.models.lpips import LPIPS
 from sdjax.models.unet import UNet
 from sdjax.models.vae import AutoencoderKL
+from sdjax.models.vq import VQModel
 
 NAMES = {
     "down_blocks.0.resnets.1.conv1.weight": (4, "down_blocks_0/resnets_1/conv1/kernel"),
@@ -54,22 +56,42 @@ def test_axes_come_back(shape):
         np.testing.assert_array_equal(naming.to_flax_axes("kernel", torch), array)
 
 
-MODULES = {
-    "sd1": (UNet, peers.SD1),
-    "sdxl": (UNet, peers.SDXL),
-    "x4": (UNet, peers.UPSCALER),
-    "vae": (AutoencoderKL, tiny.VAE),
-    "clip": (CLIPTextModelWithProjection, peers.CLIP_L | {"projection_dim": 8}),
+UNETS = {
+    "sd1": peers.SD1,
+    "sdxl": peers.SDXL,
+    "refiner": peers.REFINER,
+    "x4": peers.UPSCALER,
+    "a depth for each layer": tiny.UNET
+    | {
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "layers_per_block": [1, 2],
+        "transformer_layers_per_block": [[1], [2, 1]],
+        "reverse_transformer_layers_per_block": [[1, 3, 1], [1, 2]],
+    },
+    "lcm": tiny.UNET | {"time_cond_proj_dim": 6, "time_embedding_dim": 24},
+    "no middle": tiny.UNET | {"mid_block_type": None, "conv_in_kernel": 1, "conv_out_kernel": 5},
+    "plain middle": tiny.UNET | {"mid_block_type": "UNetMidBlock2D"},
+}
+BARE = {key: False for key in ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention")}
+MODULES = {name: UNet.from_config(config) for name, config in UNETS.items()} | {
+    "vae": AutoencoderKL.from_config(tiny.VAE),
+    "bare vae": AutoencoderKL.from_config(tiny.VAE | BARE | {"layers_per_block": 2}),
+    "vq": VQModel.from_config(tiny.VAE | {"vq_embed_dim": 5}),
+    "clip": CLIPTextModel.from_config(peers.CLIP_L),
+    "projected": CLIPTextModelWithProjection.from_config(peers.CLIP_L | {"projection_dim": 8}),
+    "lpips": LPIPS((4, 6, 8, 10, 12)),
 }
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_shapes_of_repeated_blocks_are_those_that_flax_makes(name):
-    """Tracing each kind of block once finds what initialising every block finds."""
-    kind, config = MODULES[name]
-    module = kind.from_config(config)
-    made = jax.eval_shape(lambda: shapes.init(module, jax.random.key(0)))
-    assert shapes.params(module) == made
+def test_weights_written_down_are_those_that_linen_makes(name):
+    made = dict(naming.flatten(jax.eval_shape(lambda: tiny.init(MODULES[name]))))
+    leaves = naming.leaves(MODULES[name]).values()
+    assert [leaf.path for leaf in leaves] == list(made)
+    for leaf in leaves:
+        assert naming.to_torch_shape(leaf.path[-1], made[leaf.path].shape) == leaf.shape
+        assert naming.to_flax_shape(leaf.path[-1], leaf.shape) == made[leaf.path].shape
 
 
 def vae():
@@ -90,8 +112,8 @@ def write(file, module, params, rename=lambda key: key, change=lambda key, array
 def test_params_come_back_bit_by_bit(tmp_path):
     params = tiny.random_params(vae())
     tensors = write(tmp_path / "x.safetensors", vae(), params)
-    assert set(tensors) == set(naming.expected(vae()))
-    assert tiny.equal(naming.to_params(vae(), tensors), params)
+    assert set(tensors) == set(vae().shapes())
+    assert tiny.equal(placing.to_params(vae(), tensors), params)
 
 
 @pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32", "float64"])
@@ -102,7 +124,7 @@ def test_a_cast_on_the_way_rounds_once(stored, wanted, tmp_path):
     safetensors.write(tmp_path / "x.safetensors", [entry])
     tensor = safetensors.open(tmp_path / "x.safetensors")["x.weight"]
     target = None if wanted is None else np.dtype(wanted)
-    placed = naming.place(tensor, "kernel", target)
+    placed = placing.place(tensor, "kernel", target)
     name = wanted or ("float32" if stored == "float64" else stored)
     assert placed.dtype == name and isinstance(placed, jax.Array)
     np.testing.assert_array_equal(np.asarray(placed), array.T.astype(np.dtype(name)))
@@ -113,19 +135,19 @@ def test_a_cast_on_the_way_rounds_once(stored, wanted, tmp_path):
 def test_nan_and_infinity_are_seen_in_every_format_and_place(value, dtype):
     array = np.ones(200_000, dtype)
     array[0], array[1] = np.finfo(np.float16).max, -0.0
-    assert naming.finite(array)
+    assert placing.finite(array)
     for place in (0, 65_535, 65_536, -1):
         spoiled = array.copy()
         spoiled[place] = value
-        assert not naming.finite(spoiled)
-        assert not naming.finite(spoiled[::-1])
+        assert not placing.finite(spoiled)
+        assert not placing.finite(spoiled[::-1])
 
 
 def test_a_denormal_and_the_largest_number_are_finite():
     for dtype in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64):
         info = ml_dtypes.finfo(dtype)
-        assert naming.finite(np.array([info.max, info.min, info.smallest_subnormal], dtype))
-    assert naming.finite(np.zeros(0, np.float32))
+        assert placing.finite(np.array([info.max, info.min, info.smallest_subnormal], dtype))
+    assert placing.finite(np.zeros(0, np.float32))
 
 
 def test_old_attention_names_of_the_autoencoder(tmp_path):
@@ -139,7 +161,7 @@ def test_old_attention_names_of_the_autoencoder(tmp_path):
     params = tiny.random_params(vae())
     tensors = write(tmp_path / "x.safetensors", vae(), params, rename)
     assert any(".proj_attn." in key for key in tensors)
-    assert tiny.equal(naming.to_params(vae(), tensors), params)
+    assert tiny.equal(placing.to_params(vae(), tensors), params)
 
 
 @pytest.mark.parametrize("cls", [CLIPTextModel, CLIPTextModelWithProjection])
@@ -155,7 +177,7 @@ def test_both_spellings_of_clip(cls, tmp_path):
 
     for rename in (str, other):
         tensors = write(tmp_path / "x.safetensors", module, params, rename)
-        assert tiny.equal(naming.to_params(module, tensors), params)
+        assert tiny.equal(placing.to_params(module, tensors), params)
 
 
 def test_keys_of_any_length_are_cut_where_they_are_shown():
@@ -173,12 +195,12 @@ def test_a_damaged_weight_is_named(tmp_path):
     path = tmp_path / "x.safetensors"
     tensors = write(path, vae(), tiny.random_params(vae()), change=spoil)
     with pytest.raises(InputError, match="x.safetensors: tensor 'decoder.conv_out.bias' holds NaN"):
-        naming.to_params(vae(), tensors)
+        placing.to_params(vae(), tensors)
 
 
 def test_jax_adopts_the_array_that_was_filled():
     """A second copy would double what loading needs."""
-    array = naming.aligned((64, 64), np.dtype(np.float32))
+    array = placing.aligned((64, 64), np.dtype(np.float32))
     array[:] = 1
     assert jax.device_put(array).unsafe_buffer_pointer() == array.ctypes.data
 
@@ -200,4 +222,4 @@ def test_every_vae_and_text_encoder_of_a_shipped_config_is_named_as_torch_names_
         (CLIPTextModel.from_config(configs["text_encoder"]), text),
     ):
         shapes = {k: tuple(v.shape) for k, v in theirs.state_dict().items()}
-        assert naming.expected(module) == shapes
+        assert module.shapes() == shapes

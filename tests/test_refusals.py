@@ -10,7 +10,7 @@ import pytest
 import tiny
 from tiny import save_sd1
 
-from sdjax.checkpoints import inspect, load, naming, pickles, safetensors
+from sdjax.checkpoints import inspect, load, pickles, safetensors
 from sdjax.checkpoints.autoencoder import load_autoencoder
 from sdjax.checkpoints.safetensors import Entry
 from sdjax.errors import InputError
@@ -501,4 +501,4 @@ def test_expected_allocates_nothing_for_a_large_network():
     from sdjax.models.unet import UNet
 
     unet = UNet.from_config(tiny.UNET | {"block_out_channels": [10000, 16000]})
-    assert sum(np.prod(shape) for shape in naming.expected(unet).values()) > 5e9
+    assert sum(np.prod(shape) for shape in unet.shapes().values()) > 5e9

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from sdjax.checkpoints import inspect, load, safetensors, save, single_file
+from sdjax.checkpoints import inspect, load, safetensors, save, single_file_saving
 from sdjax.errors import InputError
 from sdjax.model import FrozenConfig
 
@@ -58,19 +58,19 @@ def test_a_single_file_says_what_it_does_not_hold(saved):
     for family in ("sd1", "sd2", "sdxl", "x4-upscaler"):
         config = json.loads(peers.scheduler(family).to_json_string())
         model = replace(saved[1], family=family, scheduler=FrozenConfig.of(config))
-        assert single_file.lost(model) == "", family
+        assert single_file_saving.lost(model) == "", family
         for change in (
             {"_class_name": "UniPCMultistepScheduler"},
             {"timestep_spacing": "trailing"},
             {"beta_end": 0.013},
         ):
             other = replace(model, scheduler=FrozenConfig.of(config | change))
-            assert "scheduler" in single_file.lost(other), (family, change)
+            assert "scheduler" in single_file_saving.lost(other), (family, change)
     # The markers say these, and their reader takes trailing timesteps.
     said = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     config |= said | {"timestep_spacing": "trailing"}
     model = replace(saved[1], family="x4-upscaler", scheduler=FrozenConfig.of(config))
-    assert single_file.lost(model) == ""
+    assert single_file_saving.lost(model) == ""
 
 
 @pytest.mark.parametrize("family", ["sd2", "sd1-inpaint"])
@@ -203,13 +203,15 @@ def test_progress_counts_every_byte(saved):
 PEAK = """
 import gc, json, sys
 import jax
-from sdjax.checkpoints.loading import load, open_checkpoint
+from sdjax.checkpoints.finding import find
+from sdjax.checkpoints.loading import load
 
 def status(key):
     line = next(line for line in open("/proc/self/status") if line.startswith(key))
     return int(line.split()[1]) * 1024
 
-open_checkpoint(sys.argv[1])  # traces the networks, as the first load in a process does
+find(sys.argv[1])
+jax.device_put(0.0)  # starts the backend, as the first load in a process does
 gc.collect()
 open("/proc/self/clear_refs", "w").write("5")
 before = status("VmRSS")

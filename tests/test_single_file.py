@@ -15,9 +15,16 @@ import pytest
 import tiny
 
 from sdjax import config as shipped
-from sdjax.checkpoints import compvis, loading, openclip, safetensors, single_file
-from sdjax.checkpoints.detect import marked_prediction, module
-from sdjax.checkpoints.naming import to_params
+from sdjax.checkpoints import (
+    compvis,
+    loading,
+    openclip,
+    safetensors,
+    single_file,
+    single_file_saving,
+)
+from sdjax.checkpoints.detect import marked_prediction
+from sdjax.checkpoints.placing import to_params
 from sdjax.checkpoints.tensors import Tensor, Tensors
 from sdjax.errors import InputError
 
@@ -149,7 +156,7 @@ def test_the_values_are_those_of_diffusers_own_conversion(
             wanted = peer.convert_ldm_clip_checkpoint(dict(theirs))
             wanted = {key.removeprefix("text_model."): value for key, value in wanted.items()}
         else:
-            prefix = single_file.places(shipped.read(name))[part].prefix
+            prefix = single_file_saving.places(shipped.read(name))[part].prefix
             net = network(part, table)
             wanted = peer.convert_open_clip_checkpoint(net, dict(theirs), prefix)
             if part == "text_encoder":
@@ -171,7 +178,7 @@ def test_names_go_back_and_forth_without_loss(names_only) -> None:
             assert len(compvis.inverse(table)) == len(table)
         given = name if name in ("sd2", "sd2-base") else None
         parts = single_file.read(unread(ldm.checkpoint(name)), given)
-        for part, place in single_file.places(tables).items():
+        for part, place in single_file_saving.places(tables).items():
             spell = single_file.write_names(part, tables[part], place)
             table, found = parts[part]
             assert all(spell(key) == tensor.name for key, tensor in found.items())
@@ -299,10 +306,10 @@ def test_what_a_config_leaves_out_has_its_networks_default(folder, names_only) -
 
 
 def test_a_pad_token_is_a_text_or_has_one() -> None:
-    assert loading.padding({"pad_token": {"content": "!", "lstrip": False}}, "x") == "!"
-    assert loading.padding({}, "x") == "<|endoftext|>"
+    assert finding.padding({"pad_token": {"content": "!", "lstrip": False}}, "x") == "!"
+    assert finding.padding({}, "x") == "<|endoftext|>"
     with pytest.raises(InputError, match="config 'x.toml': 'pad_token' must be text"):
-        loading.padding({"pad_token": ["!"]}, "x.toml")
+        finding.padding({"pad_token": ["!"]}, "x.toml")
 
 
 def test_one_weight_under_two_keys_is_refused() -> None:
@@ -332,7 +339,9 @@ def load(tensors: Tensors, configs: Path) -> tuple[types.SimpleNamespace, dict]:
     """A model and its params, without the bundle."""
     parts = single_file.read(tensors, configs)
     tables = {part: table for part, (table, _) in parts.items()}
-    nets = {part: module(part, tables[part]) for part in WEIGHTS if part in tables}
+    nets = {
+        part: loading.CLASSES[part].from_config(tables[part]) for part in WEIGHTS if part in tables
+    }
     params = {part: to_params(net, parts[part][1]) for part, net in nets.items()}
     return types.SimpleNamespace(**nets, scheduler=tables["scheduler"]), params
 
@@ -341,7 +350,7 @@ def load(tensors: Tensors, configs: Path) -> tuple[types.SimpleNamespace, dict]:
 def test_saving_gives_back_every_byte_under_the_published_names(name, tmp_path, folder) -> None:
     configs = folder(name, short=True)
     model, params = load(save(tmp_path / "a.safetensors", weights(name, short=True)), configs)
-    single_file.write(tmp_path / "b.safetensors", model, params)
+    single_file_saving.write(tmp_path / "b.safetensors", model, params)
     saved = safetensors.open(tmp_path / "b.safetensors")
     kept = {
         key: value
@@ -355,7 +364,7 @@ def test_saving_gives_back_every_byte_under_the_published_names(name, tmp_path, 
     for key, value in kept.items():
         np.testing.assert_array_equal(saved[key].read(), value, err_msg=key)
     model, params = load(saved, configs)
-    single_file.write(tmp_path / "c.safetensors", model, params)
+    single_file_saving.write(tmp_path / "c.safetensors", model, params)
     assert (tmp_path / "c.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
@@ -364,7 +373,7 @@ def test_the_prediction_survives_saving(tmp_path, folder) -> None:
         model, params = load(
             save(tmp_path / "a.safetensors", weights(name, short=True)), folder(name, short=True)
         )
-        single_file.write(tmp_path / "b.safetensors", model, params)
+        single_file_saving.write(tmp_path / "b.safetensors", model, params)
         assert marked_prediction(safetensors.open(tmp_path / "b.safetensors")) == wanted
 
 
@@ -373,7 +382,7 @@ def test_saving_casts_to_the_dtype_asked_for(tmp_path, folder) -> None:
         save(tmp_path / "a.safetensors", weights("sdxl", short=True)), folder("sdxl", short=True)
     )
     half = np.dtype(np.float16)
-    single_file.write(tmp_path / "b.safetensors", model, params, half)
+    single_file_saving.write(tmp_path / "b.safetensors", model, params, half)
     for key, tensor in safetensors.open(tmp_path / "b.safetensors").items():
         assert tensor.dtype == half
         np.testing.assert_array_equal(tensor.read(), weights("sdxl", short=True)[key].astype(half))
@@ -385,7 +394,7 @@ def test_torch_diffusers_loads_what_we_saved_with_equal_weights(name, tmp_path, 
 
     configs, file = folder(name, short=True), tmp_path / "b.safetensors"
     model, params = load(save(tmp_path / "a.safetensors", weights(name, short=True)), configs)
-    single_file.write(file, model, params)
+    single_file_saving.write(file, model, params)
     kind = getattr(diffusers, shipped.read(name)["model_index"]["_class_name"])
     pipe = kind.from_single_file(str(file), config=str(configs), local_files_only=True)
     nets = {part: getattr(pipe, part) for part in WEIGHTS if part in params}

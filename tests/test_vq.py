@@ -7,10 +7,10 @@ import numpy as np
 import peers
 import pytest
 
-from sdjax.checkpoints import naming
 from sdjax.checkpoints.autoencoder import load_autoencoder, save_vae
 from sdjax.errors import InputError
 from sdjax.models import vq
+from sdjax.models.fields import values
 from sdjax.models.vae import AutoencoderKL
 from sdjax.models.vq import VQModel
 from sdjax.training.first_stage_loss import FirstStageLoss
@@ -46,21 +46,15 @@ def test_a_config_and_its_names_go_both_ways():
     model, config, _ = first_stage_peers.vq_model()
     ours = VQModel.from_config(config)
     assert VQModel.from_config(ours.config()) == ours and hash(ours) == hash(
-        VQModel(**fields(ours))
+        VQModel(**values(ours))
     )
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    assert naming.expected(ours) == expected
+    assert ours.shapes() == expected
     theirs = type(model).from_config(ours.config()).config
     for key, value in config.items():
         if not key.startswith("_"):
             assert theirs[key] == value, key
     assert VQModel.from_config(config | {"vq_embed_dim": None}).vq_embed_dim == 4
-
-
-def fields(module):
-    return {
-        n: getattr(module, n) for n in VQModel.__dataclass_fields__ if n not in ("parent", "name")
-    }
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Tiny models without torch: random params of the peers' configs, in folders that sdjax wrote."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from peers import CLIP_L, SD1, SD_VAE
 
@@ -8,6 +9,8 @@ from sdjax.checkpoints import naming, save
 from sdjax.diffusion.schedules import Schedule
 from sdjax.model import FrozenConfig, Model
 from sdjax.models.clip import CLIPTextModel
+from sdjax.models.clip_config import TextModelConfig
+from sdjax.models.lpips import LPIPS
 from sdjax.models.unet import UNet
 from sdjax.models.vae import AutoencoderKL
 from sdjax.text import Tokenizer
@@ -47,6 +50,29 @@ def random_params(module, seed=0, scale=0.1):
         shape = naming.to_flax_axes(leaf.path[-1], shape).shape
         node[leaf.path[-1]] = draw.standard_normal(shape, np.float32) * np.float32(scale)
     return params
+
+
+def init(module):
+    """A module's params from inputs that reach all of them, as Linen initialises it."""
+    key, ids = jax.random.key(0), jnp.zeros((1,), jnp.int32)
+    if isinstance(module, TextModelConfig):
+        return module.init(key, ids[None])["params"]
+    if isinstance(module, LPIPS):
+        return module.init(key, *[jnp.zeros((1, 16, 16, 3))] * 2)["params"]
+    side = 2 ** len(module.block_out_channels)
+    x = jnp.zeros((1, side, side, module.in_channels))
+    if not isinstance(module, UNet):
+        return module.init(key, x)["params"]
+    more = {}
+    if module.addition_embed_type is not None:
+        sizes, wave = 5, module.addition_time_embed_dim
+        width = module.projection_class_embeddings_input_dim - sizes * wave
+        more |= {"added_text": jnp.zeros((1, width)), "added_time_ids": jnp.zeros((1, sizes))}
+    if module.num_class_embeds is not None:
+        more["class_labels"] = ids
+    if module.time_cond_proj_dim is not None:
+        more["timestep_cond"] = jnp.zeros((1, module.time_cond_proj_dim))
+    return module.init(key, x, ids, jnp.zeros((1, 1, module.cross_attention_dim)), **more)["params"]
 
 
 def sd1():

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdjax.checkpoints import folder, naming, safetensors
+from sdjax.checkpoints import folder, naming, placing, safetensors
 from sdjax.checkpoints.files import read_json, write_json
 from sdjax.checkpoints.saving import FILES, compare, entry, is_taken, whole_folder
 from sdjax.checkpoints.tensors import floating
@@ -47,7 +47,7 @@ def save_vae(
         InputError: something is there already, or the params are not the module's.
     """
     path = Path(where)
-    target = None if dtype is None else floating(naming.dtype_name(dtype))
+    target = None if dtype is None else floating(placing.dtype_name(dtype))
     if scaling_factor is not None:
         changes = {"scaling_factor": float(scaling_factor)}
         module = type(module).from_config(module.config() | changes)
@@ -81,7 +81,7 @@ def load_autoencoder(
         InputError: one sentence naming the file, the key and how to mend it.
     """
     path = Path(where)
-    target = None if dtype is None else floating(naming.dtype_name(dtype))
+    target = None if dtype is None else floating(placing.dtype_name(dtype))
     config = read_json(path / CONFIG)
     kind = config.get("_class_name")
     if kind not in CLASSES:
@@ -92,4 +92,4 @@ def load_autoencoder(
     except InputError as error:
         raise InputError(f"{path / CONFIG}: {error}") from None
     tensors = folder.weights(path, variant)
-    return module, naming.to_params(module, tensors, dtype=target, where=tensors.path)
+    return module, placing.to_params(module, tensors, dtype=target, where=tensors.path)

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdjax import config as shipped
+from sdjax.checkpoints import parts
 from sdjax.checkpoints.files import read_json
 from sdjax.checkpoints.fitting import tokenizer_of
+from sdjax.checkpoints.parts import CONFIGS
 from sdjax.checkpoints.tensors import Tensor, Tensors
 from sdjax.config import Configs
 from sdjax.errors import InputError
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
-WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 PLACES = {
     UNET: ("unet", "compvis"),
     VAE: ("vae", "compvis"),
@@ -53,7 +54,7 @@ class Found(NamedTuple):
 
     name: str  # a shipped config's, or the path that was given
     configs: Configs  # component to its config, markers applied
-    modules: dict[str, Any]  # component with weights to its network
+    networks: dict[str, Any]  # component with weights to its config, read
     places: dict[str, Place]  # the components that the file has
     note: str | None  # one line for the user, when something was assumed
 
@@ -89,41 +90,12 @@ def identify(tensors: Tensors, config: str | Path | None = None) -> Found:
                 f"{tensors.path} is a VAE alone, taken for one of Stable Diffusion 1 or 2 "
                 "(scaling factor 0.18215): give --config sdxl if it is SDXL's"
             )
-    modules = networks(configs, name)
+    # Nothing of a config is used unchecked.
+    said = f"config {name!r}"
+    networks = {part: parts.read(part, configs[part], said) for part in CONFIGS if part in configs}
     complete(tensors, configs, places, name)
-    compare(tensors, modules, places, name)
-    return Found(name, configs, modules, places, note)
-
-
-def networks(configs: Configs, name: str) -> dict[str, Any]:
-    """The network of every component with weights: nothing of a config is used unchecked.
-
-    Raises:
-        InputError: naming the config, the class and the key that cannot be.
-    """
-    modules = {}
-    for part in WEIGHTS:
-        if part in configs:
-            try:
-                modules[part] = module(part, configs[part])
-            except InputError as error:
-                raise InputError(f"config {name!r}: {error}") from None
-    return modules
-
-
-def module(part: str, config: Mapping[str, Any]) -> Any:
-    """The network of a component's config."""
-    from sdjax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
-    from sdjax.models.unet import UNet
-    from sdjax.models.vae import AutoencoderKL
-
-    kinds: dict[str, Any] = {
-        "unet": UNet,
-        "vae": AutoencoderKL,
-        "text_encoder": CLIPTextModel,
-        "text_encoder_2": CLIPTextModelWithProjection,
-    }
-    return kinds[part].from_config(dict(config))
+    compare(tensors, networks, places, name)
+    return Found(name, configs, networks, places, note)
 
 
 def layout(tensors: Tensors) -> dict[str, Place]:
@@ -246,7 +218,7 @@ def contradicts(tensors: Tensors, configs: Configs, name: str) -> None:
 
 def complete(tensors: Tensors, configs: Configs, places: Mapping[str, Place], name: str) -> None:
     """Refuse a file with a part missing, or with one that its config does not describe."""
-    needed = [part for part in WEIGHTS if part in configs]
+    needed = [part for part in CONFIGS if part in configs]
     has = f"{tensors.path} holds {listed(places)}"
     extra = [part for part in places if part not in configs]
     if extra:
@@ -262,7 +234,7 @@ def complete(tensors: Tensors, configs: Configs, places: Mapping[str, Place], na
 
 
 def compare(
-    tensors: Tensors, modules: Mapping[str, Any], places: Mapping[str, Place], name: str
+    tensors: Tensors, networks: Mapping[str, Any], places: Mapping[str, Place], name: str
 ) -> None:
     """Refuse a file whose characteristic widths are not the config's networks'.
 
@@ -271,20 +243,20 @@ def compare(
     """
     signs: list[tuple[str, dict[int, int]]] = []  # key, and the lengths of some of its axes
     if "unet" in places:
-        unet = modules["unet"]
+        unet = networks["unet"]
         axes = {0: unet.block_out_channels[0], 1: unet.in_channels}
         signs.append((f"{UNET}input_blocks.0.0.weight", axes))
         context = next(contexts(tensors), None)
         if context is not None:
             signs.append((context.name, {1: unet.cross_attention_dim}))
     if "vae" in places:
-        vae, prefix = modules["vae"], places["vae"].prefix
+        vae, prefix = networks["vae"], places["vae"].prefix
         first, last = vae.block_out_channels[0], vae.block_out_channels[-1]
         signs.append((f"{prefix}encoder.conv_in.weight", {0: first}))
         signs.append((f"{prefix}decoder.conv_in.weight", {0: last, 1: vae.latent_channels}))
     for part in ("text_encoder", "text_encoder_2"):
         if part in places:
-            text, prefix = modules[part].text, places[part].prefix
+            text, prefix = networks[part].text, places[part].prefix
             axes = {0: text.vocab_size, 1: text.hidden_size}
             table = "embeddings.token_embedding.weight"
             for key in ("token_embedding.weight", f"text_model.{table}", table):
@@ -372,7 +344,7 @@ def read_folder(config: str | Path) -> Configs:
     """The configs of a diffusers folder, weights or none beside them."""
     folder = Path(config)
     files = {"model_index": folder / "model_index.json"}
-    for part in WEIGHTS:
+    for part in CONFIGS:
         files[part] = folder / part / "config.json"
     for part in ("scheduler", "low_res_scheduler"):
         files[part] = folder / part / "scheduler_config.json"

@@ -1,29 +1,51 @@
-"""Where a checkpoint lies, and what its configs and headers alone say: all that needs no jax."""
+"""Where a checkpoint lies, and all that its configs and headers say: what needs no jax."""
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sdjax import bundled
-from sdjax.checkpoints import folder, hub
+from sdjax.checkpoints import detect, fitting, folder, hub, parts, single_file
+from sdjax.checkpoints.parts import CONFIGS, Network
 from sdjax.checkpoints.tensors import Tensors
 from sdjax.errors import InputError
+from sdjax.text import Tokenizer
 
 
 @dataclass(frozen=True)
-class Found(os.PathLike):
-    """A checkpoint whose configs and headers have been read: a path that need not be read again."""
+class Source(os.PathLike):
+    """A checkpoint before its weights are read: everything is known of it, and checked.
+
+    It is a path, too, that need not be read again.
+    """
 
     where: str
     """As the user gave it."""
     path: Path
-    opened: folder.Folder | folder.Component | Tensors
-    """A diffusers folder, the folder of an autoencoder alone, or a single file."""
+    networks: dict[str, Network]
+    index: Mapping[str, Any]
+    scheduler: dict[str, Any]
+    said: str | Path
+    """What the scheduler's config is of, for messages."""
+    tokenizers: dict[str, Tokenizer]
+    note: str = ""
+    """What had to be assumed, in one line."""
 
     def __fspath__(self) -> str:
         return self.where
+
+    @property
+    def configs(self) -> dict[str, Any]:
+        """Each network's config."""
+        return {name: network.config for name, network in self.networks.items()}
+
+    @property
+    def family(self) -> str:
+        """The shipped config that the networks are an instance of."""
+        return family(self.configs, self.scheduler)
 
 
 def find(
@@ -32,24 +54,25 @@ def find(
     config: str | os.PathLike | None = None,
     ema: bool = False,
     variant: str | None = None,
-) -> Found:
-    """Find a checkpoint and open it; arguments and errors are those of `load`.
+) -> Source:
+    """Find a checkpoint, read its configs and headers, and hold them against each other.
 
-    What is found already stays as it is.
+    Arguments are those of `load`. What is found already stays as it is.
 
     Raises:
-        InputError: what is wrong with files, configs and headers by themselves.
+        InputError: as `load`, but for the scheduler's config and what only the weights show.
     """
-    if isinstance(where, Found):
+    if isinstance(where, Source):
         return where
-    path = bundled.place(where)
+    path, given = bundled.place(where), os.fspath(where)
     with readable(path):
-        if not path.exists() and not path.is_symlink() and hub.is_id(os.fspath(where)):
-            path = hub.download(os.fspath(where), variant)
+        if not path.exists() and not path.is_symlink() and hub.is_id(given):
+            path = hub.download(given, variant)
         if not path.is_dir():
             if variant is not None:
                 raise InputError(f"variant is for folders, and {path} is not one: leave it out")
-            return Found(os.fspath(where), path, folder.read(path))
+            chosen = None if config is None else os.fspath(config)
+            return open_file(given, folder.read(path), chosen, ema)
         for name, value in (("config", config), ("ema", ema)):
             if value:
                 raise InputError(
@@ -58,8 +81,100 @@ def find(
                 )
         path = folder.snapshot(path)
         alone = folder.autoencoder(path, variant)
-        opened = folder.open(path, variant) if alone is None else alone
-        return Found(os.fspath(where), path, opened)
+        if alone is None:
+            return open_folder(given, folder.open(path, variant))
+        vae = open_network("vae", alone)
+        return Source(given, path, {"vae": vae}, {}, {}, path, {})
+
+
+def open_folder(where: str, opened: folder.Folder) -> Source:
+    """`find` for a diffusers folder."""
+    networks = {name: open_network(name, part) for name, part in opened.networks.items()}
+    source = Source(
+        where=where,
+        path=opened.path,
+        networks=networks,
+        index=opened.index,
+        scheduler=opened.schedulers["scheduler"],
+        said=opened.path / "scheduler" / "scheduler_config.json",
+        tokenizers={name: Tokenizer.load(at) for name, at in opened.tokenizers.items()},
+    )
+    return complete(source)
+
+
+def open_network(name: str, part: folder.Component) -> Network:
+    """One network of a diffusers folder."""
+    config = parts.read(name, part.config, part.path / "config.json")
+    return parts.network(config, part.tensors, part.tensors.path)
+
+
+def open_file(where: str, tensors: Tensors, config: str | None, ema: bool) -> Source:
+    """`find` for a single file."""
+    found = detect.identify(tensors, config)
+    read = single_file.parts(tensors, found, ema)
+    networks = {
+        name: parts.network(found.networks[name], read[name][1], tensors.path)
+        for name in CONFIGS
+        if name in read
+    }
+    plain = {name: dict(part[0]) for name, part in read.items() if name not in CONFIGS}
+    source = Source(
+        where=where,
+        path=tensors.path,
+        networks=networks,
+        index=plain.get("model_index", {}),
+        scheduler=plain.get("scheduler", {}),
+        said=found.name,
+        tokenizers={
+            name: Tokenizer.clip(padding(plain[name], found.name))
+            for name in folder.TOKENIZERS
+            if name in plain
+        },
+        note=found.note or "",
+    )
+    return complete(source) if "unet" in networks else source
+
+
+def padding(config: Mapping[str, Any], name: str) -> str:
+    """The pad token in a tokenizer's config: a text, or a dict of its flags, as older ones have."""
+    token = config.get("pad_token", "<|endoftext|>")
+    token = token.get("content") if isinstance(token, Mapping) else token
+    if not isinstance(token, str):
+        raise InputError(f"config {name!r}: 'pad_token' must be text, got {token!r:.80}")
+    return token
+
+
+def complete(source: Source) -> Source:
+    """Check that the networks fit together.
+
+    Raises:
+        InputError: a network is missing, or two do not fit (`fitting`).
+    """
+    configs = source.configs
+    unet, vae = configs["unet"], configs.get("vae")
+    if vae is None or not {"text_encoder", "text_encoder_2"} & set(configs):
+        what = "autoencoder" if vae is None else "text encoder"
+        raise InputError(f"{source.path} has a UNet and no {what}: give a whole checkpoint")
+    fitting.check_text(configs, source.tokenizers, source.path)
+    fitting.check_latents(unet, vae, source.path)
+    return source
+
+
+def family(configs: Mapping[str, Any], scheduler: Mapping[str, Any]) -> str:
+    """The name of the shipped config that networks are an instance of."""
+    unet, encoder = configs.get("unet"), configs.get("text_encoder")
+    if unet is None:
+        return ""
+    inpaint = "-inpaint" if unet.in_channels == 9 else ""
+    if unet.num_class_embeds is not None:
+        return "x4-upscaler"
+    if unet.addition_embed_type == "text_time":
+        return f"sdxl{inpaint}" if encoder is not None else "sdxl-refiner"
+    if encoder is None or encoder.text.hidden_act == "quick_gelu":
+        return f"sd1{inpaint}"
+    if inpaint:
+        return "sd2-inpaint"
+    return "sd2" if scheduler.get("prediction_type") == "v_prediction" else "sd2-base"
 
 
 @contextlib.contextmanager

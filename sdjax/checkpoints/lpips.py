@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdjax.checkpoints import folder, naming
+from sdjax.checkpoints import folder, placing
 from sdjax.checkpoints.tensors import FLOATS, Tensor
 from sdjax.errors import InputError
 from sdjax.models.lpips import DEPTHS, LPIPS
@@ -51,7 +51,7 @@ def load_lpips(*paths: str | os.PathLike) -> tuple[LPIPS, dict[str, Any]]:
         if not any(name.startswith(part) for name in found):
             raise InputError(f"{where} lacks {what}: give {file} too")
     module = LPIPS(_widths(found, where))
-    return module, naming.to_params(module, found, dtype=FLOATS[2], where=where)
+    return module, placing.to_params(module, found, dtype=FLOATS[2], where=where)
 
 
 def _slices() -> dict[int, int]:

@@ -8,15 +8,12 @@ OIHW -> HWIO); a norm's weight is its scale, an embedding's its table, and neith
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
-import flax.linen as nn
-import jax
 import numpy as np
 
-from sdjax.checkpoints import shapes
 from sdjax.checkpoints.tensors import FLOATS, Tensor
 from sdjax.errors import InputError
 
@@ -46,7 +43,7 @@ def flax_path(key: str, ndim: int) -> tuple[str, ...]:
         else:
             path.append(name)
     if leaf == "weight":
-        table = ndim == 2 and path and path[-1].endswith("_embedding")
+        table = ndim == 2 and path and path[-1].endswith("embedding")
         leaf = "embedding" if table else "kernel" if ndim > 1 else "scale"
     return (*path, leaf)
 
@@ -54,6 +51,11 @@ def flax_path(key: str, ndim: int) -> tuple[str, ...]:
 def to_torch_shape(leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The torch shape of a Linen leaf."""
     return (shape[-1], shape[-2], *shape[:-2]) if leaf == "kernel" else tuple(shape)
+
+
+def to_flax_shape(leaf: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The Linen shape of a torch weight."""
+    return (*shape[2:], shape[1], shape[0]) if leaf == "kernel" else tuple(shape)
 
 
 def to_flax_axes(leaf: str, array: np.ndarray) -> np.ndarray:
@@ -77,27 +79,34 @@ class Leaf(NamedTuple):
     shape: tuple[int, ...]
 
 
+@runtime_checkable
+class Shaped(Protocol):
+    """A network or its config: hashable, and it says which weights a checkpoint must have."""
+
+    kind: ClassVar[str]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the torch shape of every weight by its torch key."""
+        ...
+
+    def __hash__(self) -> int: ...
+
+
 @functools.lru_cache(maxsize=64)
-def leaves(module: nn.Module) -> dict[str, Leaf]:
-    """Every parameter of a module by its torch key, from its shapes alone."""
-    found = {}
-    for path, leaf in flatten(shapes.params(module)):
-        found[torch_key(path)] = Leaf(path, to_torch_shape(path[-1], leaf.shape))
-    return found
+def leaves(network: Shaped) -> dict[str, Leaf]:
+    """Every parameter of a network by its torch key, in the order of a sorted tree of params."""
+    shapes = network.shapes()
+    found = {key: Leaf(flax_path(key, len(shape)), shape) for key, shape in shapes.items()}
+    return dict(sorted(found.items(), key=lambda item: item[1].path))
 
 
-def expected(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The torch keys and torch shapes that a module's checkpoint must have; allocates nothing."""
-    return {key: leaf.shape for key, leaf in leaves(module).items()}
-
-
-def respell(tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """The tensors under the keys of `expected(module)`, whichever spelling the file has.
+def respell(tensors: Mapping[str, Tensor], network: Shaped) -> dict[str, Tensor]:
+    """The tensors under the keys of `leaves(network)`, whichever spelling the file has.
 
     transformers 5.6 dropped CLIP's `text_model.`; diffusers 0.17 renamed the autoencoder's
     attention from `query, key, value, proj_attn` to `to_q, to_k, to_v, to_out.0`.
     """
-    wanted = leaves(module)
+    wanted = leaves(network)
     prefixed = any(key.startswith("text_model.") for key in wanted)
     old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     spelled: dict[str, Tensor] = {}
@@ -121,30 +130,28 @@ def respell(tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tenso
     return spelled
 
 
-def check(module: nn.Module, tensors: Mapping[str, Tensor], where: str | Path) -> dict[str, Tensor]:
-    """Hold a checkpoint's headers against a module: keys, shapes and dtypes; reads no weights.
+def check(network: Shaped, tensors: Mapping[str, Tensor], where: str | Path) -> dict[str, Tensor]:
+    """Hold a checkpoint's headers against a network: keys, shapes and dtypes; reads no weights.
 
     Args:
-        module: the network, built from the checkpoint's config.
+        network: what the checkpoint's config describes.
         tensors: what the file has.
         where: the file or folder, for the error.
 
     Returns:
-        The tensor of every key of `expected(module)`, in its order.
+        The tensor of every key of `leaves(network)`, in its order.
 
     Raises:
         InputError: keys missing or too many, a wrong shape, a dtype that is not a float.
     """
-    kind = type(module).__name__
-    # What the headers alone can say comes first: tracing a large network takes seconds.
     for key, tensor in tensors.items():
         if tensor.dtype not in FLOATS and not TOLERATED.fullmatch(key):
             raise InputError(
                 f"{tensor.path}: tensor {tensor.name[:100]!r} is {tensor.dtype.name}, where a "
                 "float belongs: use an unquantised checkpoint in float32, float16 or bfloat16"
             )
-    wanted = leaves(module)
-    found = respell(tensors, module)
+    kind, wanted = network.kind, leaves(network)
+    found = respell(tensors, network)
     missing = [key for key in wanted if key not in found]
     extra = [key for key in found if key not in wanted and not TOLERATED.fullmatch(key)]
     if missing:
@@ -175,110 +182,6 @@ def count(keys: list[str]) -> str:
         return f"the key {keys[0][:100]!r}"
     shown = ", ".join(repr(key[:100]) for key in keys[:3])
     return f"{len(keys)} keys ({shown}{', ...' if len(keys) > 3 else ''})"
-
-
-def to_params(
-    module: nn.Module,
-    tensors: Mapping[str, Tensor],
-    *,
-    dtype: np.dtype | None = None,
-    where: str | Path = "the checkpoint",
-    done: Callable[[int], None] | None = None,
-) -> dict[str, Any]:
-    """A module's params from its checkpoint, one tensor at a time, cast on the way.
-
-    Args:
-        module: the network, built from the checkpoint's config.
-        tensors: what the file has, under any of its spellings.
-        dtype: what to cast to; None keeps what is stored (float64 becomes float32).
-        where: the file or folder, for errors.
-        done: called with the number of bytes of each tensor that has been read.
-
-    Returns:
-        A nested dict of jax arrays on the default device.
-
-    Raises:
-        InputError: as `check`; also a NaN or an infinity, or a value that `dtype` cannot hold.
-    """
-    params: dict[str, Any] = {}
-    found = check(module, tensors, where)
-    try:
-        for key, tensor in found.items():
-            path = leaves(module)[key].path
-            node = params
-            for name in path[:-1]:
-                node = node.setdefault(name, {})
-            node[path[-1]] = place(tensor, path[-1], dtype)
-            if done is not None:
-                done(tensor.nbytes)
-    except BaseException:
-        # Whoever keeps the error, as notebooks do, keeps this frame: free the device all the same.
-        for leaf in jax.tree.leaves(params):
-            leaf.delete()
-        raise
-    return params
-
-
-def place(tensor: Tensor, leaf: str, dtype: np.dtype | None) -> jax.Array:
-    """One tensor on the device with Linen's axes, its pages in the file released."""
-    target = dtype or (FLOATS[2] if tensor.dtype == np.float64 else tensor.dtype)
-    source = tensor.read()
-    if not finite(source):
-        raise InputError(
-            f"{tensor.path}: tensor {tensor.name!r} holds NaN or infinity: the weights are "
-            "damaged, use another copy"
-        )
-    source = to_flax_axes(leaf, source)
-    array = aligned(source.shape, target)
-    with np.errstate(over="ignore"):
-        np.copyto(array, source, casting="unsafe")
-    tensor.release()
-    if target.itemsize < tensor.dtype.itemsize and not finite(array):
-        raise InputError(
-            f"{tensor.path}: tensor {tensor.name!r} holds values too large for {target.name}: "
-            "load it as float32 or bfloat16"
-        )
-    return jax.device_put(array)
-
-
-def dtype_name(dtype: Any) -> str:
-    """The name of a dtype, however it is given."""
-    try:
-        return dtype if isinstance(dtype, str) else np.dtype(dtype).name
-    except TypeError:
-        return str(dtype)[:60]
-
-
-def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array on a 64-byte border, which jax on the CPU adopts without a copy."""
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
-
-
-_EXPONENTS = {
-    "float16": (np.uint16, 0x7C00),
-    "bfloat16": (np.uint16, 0x7F80),
-    "float32": (np.uint32, 0x7F800000),
-    "float64": (np.uint64, 0x7FF0000000000000),
-}
-
-
-def finite(array: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite: none has all exponent bits set.
-
-    A bit test is exact in every format, and in blocks it needs no memory to speak of.
-    """
-    unsigned, mask = _EXPONENTS[array.dtype.name]
-    if not array.flags.c_contiguous:
-        array = np.ascontiguousarray(array)
-    flat = array.reshape(-1).view(unsigned)
-    block = 1 << 16
-    return all(
-        int((flat[i : i + block] & unsigned(mask)).max()) != mask
-        for i in range(0, flat.size, block)
-    )
 
 
 def flatten(params: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:

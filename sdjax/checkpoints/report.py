@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdjax.checkpoints import digest
-from sdjax.checkpoints.loading import Network, open_checkpoint, schedule
+from sdjax.checkpoints.finding import find
+from sdjax.checkpoints.loading import schedule
+from sdjax.checkpoints.parts import Network
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,10 @@ def inspect(
     Raises:
         InputError: as `load`, but for what only the weights themselves show.
     """
-    source = open_checkpoint(where, config=config, variant=variant)
+    source = find(where, config=config, variant=variant)
     parts = tuple(part(name, network) for name, network in source.networks.items())
     paths = {t.path: None for n in source.networks.values() for t in n.tensors.values()}
-    prediction = schedule(source.scheduler, source.path).prediction if source.scheduler else "none"
+    prediction = schedule(source).prediction if source.scheduler else "none"
     folder = source.path.is_dir()
     suffix = "safetensors" if source.path.suffix == ".safetensors" else "pickle"
     return Report(
@@ -116,7 +118,7 @@ def part(name: str, network: Network) -> Part:
     tensors = network.tensors.values()
     return Part(
         name=name,
-        kind=type(network.module).__name__,
+        kind=network.config.kind,
         parameters=sum(tensor.size for tensor in tensors),
         dtypes=tuple(sorted({tensor.dtype.name for tensor in tensors})),
         nbytes=network.nbytes,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sdjax import config as shipped
-from sdjax.checkpoints import naming, safetensors, single_file
+from sdjax.checkpoints import naming, placing, safetensors, single_file_saving
 from sdjax.checkpoints.files import write_json
 from sdjax.checkpoints.folder import ADVICE, INDEX, NETWORKS, TOKENIZERS
 from sdjax.checkpoints.tensors import floating
@@ -51,7 +51,7 @@ def save(
         InputError: something is there already, or the params are not the model's.
     """
     path = Path(where)
-    target = None if dtype is None else floating(naming.dtype_name(dtype))
+    target = None if dtype is None else floating(placing.dtype_name(dtype))
     for name in NETWORKS:
         if getattr(model, name) is not None:
             compare(getattr(model, name), params.get(name), name)
@@ -59,8 +59,8 @@ def save(
     if path.suffix == ".safetensors":
         if path.is_dir():
             raise InputError(f"{path} is a folder: give another path for a single file")
-        single_file.write(path, model, params, target)
-        lost = single_file.lost(model)
+        single_file_saving.write(path, model, params, target)
+        lost = single_file_saving.lost(model)
         if lost:
             warnings.warn(
                 f"{path} does not hold {lost}: keep the folder, and load the file with config= "
@@ -175,7 +175,7 @@ def entry(
         array = np.asarray(leaf)
         with np.errstate(over="ignore"):
             cast = np.asarray(naming.to_torch_axes(path[-1], array), target, order="C")
-        if target.itemsize < array.dtype.itemsize and not naming.finite(cast):
+        if target.itemsize < array.dtype.itemsize and not placing.finite(cast):
             raise InputError(
                 f"params have {'/'.join((name, *path))!r} with values too large for "
                 f"{target.name}: save as float32 or bfloat16"

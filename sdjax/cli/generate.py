@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdjax import bundled, images
-from sdjax.checkpoints.finding import find
+from sdjax.checkpoints.finding import Source, find
 from sdjax.cli import request
 from sdjax.cli.request import Request
 from sdjax.cli.show import Interrupted, Progress, note, printable, say, waiting
 from sdjax.errors import InputError
 
 if TYPE_CHECKING:
-    from sdjax.checkpoints.loading import Source
     from sdjax.model import FrozenConfig, Model
 
 _PAGE = 48  # images on one contact sheet
@@ -35,19 +34,18 @@ def run(asked: argparse.Namespace) -> None:
     if asked.model is None and asked.source is None:
         note(f"{bundled.NAME} is {bundled.ABOUT}: for a real checkpoint add --model PATH")
     options: dict[str, Any] = dict(config=wanted.config, ema=wanted.ema, variant=wanted.variant)
-    found = find(wanted.model, **options)
+    source = find(wanted.model, **options)
     from sdjax import parallel
     from sdjax.checkpoints import digest
-    from sdjax.checkpoints.loading import assemble, open_checkpoint, read
+    from sdjax.checkpoints.loading import assemble, read
     from sdjax.checkpoints.tensors import floating
     from sdjax.cli import loras
 
-    source = open_checkpoint(found, **options)
     if "unet" not in source.networks:
         raise InputError(f"{wanted.model} holds no UNet: give a whole checkpoint")
     if source.note:
         note(source.note)
-    model = assemble(source, wanted.model)
+    model = assemble(source)
     wanted = completed(wanted, model, source)
     updates = loras.load(wanted.loras, model)
     warn_of_cuts(wanted, source)
@@ -67,7 +65,7 @@ def run(asked: argparse.Namespace) -> None:
         # Once: a call with params on one device copies them to all others again.
         params = loras.merged(read(source, dtype, progress.loading), updates)
         params = parallel.replicate(params)
-        del found, source, updates
+        del source, updates
         for job, pixels in made(wanted, model, params, progress):
             own = settings | {"prompt": job.prompt, "seed": job.seed}
             stem = wanted.stem or images.safe_name(job.prompt, job.seed)
@@ -111,7 +109,7 @@ def keep_programs(asked: argparse.Namespace) -> None:
     compilation_cache.reset_cache()  # it decides once, before the first program
 
 
-def completed(wanted: Request, model: "Model", source: "Source") -> Request:
+def completed(wanted: Request, model: "Model", source: Source) -> Request:
     """The request with the model's and the device's choices filled in, and what they refuse."""
     import jax
 
@@ -138,7 +136,7 @@ def completed(wanted: Request, model: "Model", source: "Source") -> Request:
     )
 
 
-def default_dtype(source: "Source", wide: bool) -> str | None:
+def default_dtype(source: Source, wide: bool) -> str | None:
     """The dtype where none is asked for, `wide` (on a CPU, or small) in float32; None is as stored.
 
     Networks compute in float32 unless the weights are bfloat16, so float16 as stored would take the
@@ -153,7 +151,7 @@ def default_dtype(source: "Source", wide: bool) -> str | None:
     return "bfloat16"
 
 
-def warn_of_cuts(wanted: Request, source: "Source") -> None:
+def warn_of_cuts(wanted: Request, source: Source) -> None:
     """Say which words a tokenizer has no room for."""
     texts = dict.fromkeys([*wanted.prompts, wanted.negative or ""])
     cuts: dict[str, tuple[str, int]] = {}

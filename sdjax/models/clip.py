@@ -1,8 +1,6 @@
 """The text encoders: OpenAI's CLIP-L and OpenCLIP's H and bigG."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,7 +9,7 @@ from jaxtyping import Float, Int
 
 from sdjax.errors import InputError
 from sdjax.models.attention import attention
-from sdjax.models.fields import MAX_LAYERS, MAX_PARAMETERS, MAX_VOCABULARY, Fields
+from sdjax.models.clip_config import ProjectedTextModelConfig, TextConfig, TextModelConfig
 from sdjax.models.layers import Dense, Embed, LayerNorm
 from sdjax.types import Array
 
@@ -24,73 +22,8 @@ class TextStates(NamedTuple):
     projected: Float[Array, "b p"] | None  # pooled, projected; None without a projection
 
 
-@dataclass(frozen=True)
-class TextConfig:
-    """A text encoder's sizes, named as in transformers' config.json."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    projection_dim: int | None
-    num_hidden_layers: int
-    num_attention_heads: int
-    max_position_embeddings: int
-    hidden_act: str
-    layer_norm_eps: float
-    pad_token_id: int | None
-    bos_token_id: int | None
-    eos_token_id: int | None
-
-    @classmethod
-    def read(cls, name: str, config: Mapping[str, Any]) -> "TextConfig":
-        """Read config.json's content; InputError names the class `name` and the key."""
-        fields = Fields(name, config)
-        tokens = {
-            key: fields.integer(key, default, low=-1, high=MAX_VOCABULARY)
-            for key, default in (("pad_token_id", 1), ("bos_token_id", 49406))
-            if config.get(key, default) is not None
-        }
-        projection = config.get("projection_dim", 512)
-        if projection is not None or name == "CLIPTextModelWithProjection":
-            projection = fields.integer("projection_dim", 512)
-        read = cls(
-            vocab_size=fields.integer("vocab_size", 49408, high=MAX_VOCABULARY),
-            hidden_size=fields.integer("hidden_size", 512),
-            intermediate_size=fields.integer("intermediate_size", 2048, high=4 * 65_536),
-            projection_dim=projection,
-            num_hidden_layers=fields.integer("num_hidden_layers", 12, high=MAX_LAYERS),
-            num_attention_heads=fields.integer("num_attention_heads", 8),
-            max_position_embeddings=fields.integer("max_position_embeddings", 77),
-            hidden_act=fields.choice("hidden_act", "quick_gelu", ("quick_gelu", "gelu")),
-            layer_norm_eps=fields.number("layer_norm_eps", 1e-5, 1e-12, 1.0),
-            pad_token_id=tokens.get("pad_token_id"),
-            bos_token_id=tokens.get("bos_token_id"),
-            eos_token_id=fields.integer("eos_token_id", 49407, low=-1, high=MAX_VOCABULARY),
-        )
-        if read.hidden_size % read.num_attention_heads:
-            wanted = f"a number that divides 'hidden_size' ({read.hidden_size})"
-            raise fields.error("num_attention_heads", wanted, read.num_attention_heads)
-        layer = read.hidden_size * (4 * read.hidden_size + 2 * read.intermediate_size)
-        parameters = read.num_hidden_layers * layer + read.vocab_size * read.hidden_size
-        if parameters > MAX_PARAMETERS:
-            wanted = f"part of at most {MAX_PARAMETERS:.0e} parameters (these are {parameters:.0e})"
-            raise fields.error("hidden_size", wanted, read.hidden_size)
-        return read
-
-
-class CLIPTextModel(nn.Module):
+class CLIPTextModel(TextModelConfig, nn.Module):
     """A causal transformer over tokens (Radford et al. 2021, arXiv 2103.00020)."""
-
-    text: TextConfig
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "CLIPTextModel":
-        """Build the module from config.json's content; InputError names the key that cannot be."""
-        return cls(TextConfig.read("CLIPTextModel", config))
-
-    def config(self) -> dict[str, Any]:
-        """Return the content of config.json."""
-        return _written("CLIPTextModel", self.text)
 
     @nn.compact
     def __call__(
@@ -116,19 +49,8 @@ class CLIPTextModel(nn.Module):
         return TextStates(states, pooled, None)
 
 
-class CLIPTextModelWithProjection(nn.Module):
+class CLIPTextModelWithProjection(ProjectedTextModelConfig, nn.Module):
     """The same with its map into CLIP's space shared with images: SDXL's second encoder."""
-
-    text: TextConfig
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "CLIPTextModelWithProjection":
-        """Build the module from config.json's content; InputError names the key that cannot be."""
-        return cls(TextConfig.read("CLIPTextModelWithProjection", config))
-
-    def config(self) -> dict[str, Any]:
-        """Return the content of config.json."""
-        return _written("CLIPTextModelWithProjection", self.text)
 
     @nn.compact
     def __call__(
@@ -225,7 +147,3 @@ def _end_of_text(ids: Int[Array, "b s"], eos_token_id: int | None) -> Int[Array,
     which is CLIP's end of text as long as no tokens were added; any other means its first place.
     """
     return jnp.argmax(ids if eos_token_id == 2 else ids == eos_token_id, axis=-1)
-
-
-def _written(name: str, text: TextConfig) -> dict[str, Any]:
-    return {"architectures": [name], "model_type": "clip_text_model"} | asdict(text)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from sdjax.errors import InputError
@@ -104,6 +104,12 @@ class Fields:
         if len(value) != count:
             raise self.error(key, f"one value, or a list of {count} (one a block)", value)
         return value
+
+
+def values(config: Any) -> dict[str, Any]:
+    """A config's fields, or those of the Linen module that it became."""
+    names = (field.name for field in fields(config))
+    return {name: getattr(config, name) for name in names if name not in ("parent", "name")}
 
 
 def collapsed(values: tuple) -> Any:

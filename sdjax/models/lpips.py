@@ -1,5 +1,7 @@
 """LPIPS: how different two images look."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ from jax import lax
 from jaxtyping import Float
 
 from sdjax.models.layers import Conv
+from sdjax.models.weights import Shapes, conv, tree
 from sdjax.types import Array
 
 SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
@@ -29,6 +32,19 @@ class LPIPS(nn.Module):
     """
 
     widths: tuple[int, ...] = (64, 128, 256, 512, 512)
+
+    kind: ClassVar[str] = "LPIPS"
+
+    def shapes(self) -> Shapes:
+        """Return the shape of every weight by its torch key."""
+        parts, inputs, number = {}, 3, 0
+        for block, (width, depth) in enumerate(zip(self.widths, DEPTHS, strict=True), 1):
+            for _ in range(depth):
+                parts[f"net.slice{block}.{number}"] = conv(inputs, width)
+                inputs, number = width, number + 2
+            parts[f"lin{block - 1}.model.1"] = conv(width, 1, 1, bias=False)
+            number += 1
+        return tree(parts)
 
     @property
     def smallest(self) -> int:

@@ -1,7 +1,6 @@
 """The UNet of Stable Diffusion 1, 2, XL, its refiner, inpainting and the x4 upscaler."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -9,9 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from sdjax.errors import InputError
-from sdjax.models import unet_config
 from sdjax.models.layers import Conv, Embed, GroupNorm
-from sdjax.models.unet_blocks import Block, DownBlock, MidBlock, UpBlock
+from sdjax.models.unet_blocks import DownBlock, MidBlock, UpBlock
+from sdjax.models.unet_config import UNetConfig
 from sdjax.models.unet_time import TimestepEmbedding, sinusoids
 from sdjax.models.unet_transformer import Projected
 from sdjax.types import Array
@@ -20,58 +19,17 @@ Context = Float[Array, "b t d"] | Projected
 """Text states, or the tree that `project_context` made of them."""
 
 
-class UNet(nn.Module):
+class UNet(UNetConfig, nn.Module):
     """A network from noisy latents, time and text to noise (or v, or x0), NHWC.
 
-    Rombach et al. 2022 (arXiv 2112.10752); Podell et al. 2023 (arXiv 2307.01952). Fields are named
-    as in diffusers' config.json, per-block values as tuples; `attention_head_dim` holds the
-    *number* of heads, diffusers' historical misnomer. Build it by `from_config`.
+    Rombach et al. 2022 (arXiv 2112.10752); Podell et al. 2023 (arXiv 2307.01952). Its fields are
+    `UNetConfig`'s; build it by `from_config`.
     """
-
-    block_out_channels: tuple[int, ...]
-    down_block_types: tuple[str, ...]
-    up_block_types: tuple[str, ...]
-    layers_per_block: tuple[int, ...]
-    attention_head_dim: tuple[int, ...]
-    cross_attention_dim: int
-    transformer_layers_per_block: tuple[int | tuple[int, ...], ...]
-    reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None
-    only_cross_attention: tuple[bool, ...]
-    mid_block_type: str | None
-    in_channels: int
-    out_channels: int
-    sample_size: int | tuple[int, ...] | None
-    norm_num_groups: int
-    norm_eps: float
-    use_linear_projection: bool
-    upcast_attention: bool
-    flip_sin_to_cos: bool
-    freq_shift: float
-    center_input_sample: bool
-    downsample_padding: int
-    mid_block_scale_factor: float
-    conv_in_kernel: int
-    conv_out_kernel: int
-    time_embedding_dim: int | None
-    time_cond_proj_dim: int | None
-    num_class_embeds: int | None
-    addition_embed_type: str | None
-    addition_time_embed_dim: int | None
-    projection_class_embeddings_input_dim: int | None
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "UNet":
-        """Build the module from config.json's content; InputError names the key that cannot be."""
-        return cls(**unet_config.read(config))
-
-    def config(self) -> dict[str, Any]:
-        """Return the content of config.json."""
-        return unet_config.write(self)
 
     def setup(self) -> None:
         """Name the parts as checkpoints do."""
         channels = self.block_out_channels
-        time_features = self.time_embedding_dim or 4 * channels[0]
+        time_features = self.time_features
         kernel = self.conv_in_kernel
         self.conv_in = Conv(channels[0], kernel_size=kernel, padding=kernel // 2)
         self.time_embedding = TimestepEmbedding(time_features)
@@ -82,12 +40,13 @@ class UNet(nn.Module):
 
         last = len(channels) - 1
         self.down_blocks = [
-            DownBlock(self._block(i), downsample=i < last, padding=self.downsample_padding)
+            DownBlock(self.block(i), downsample=i < last, padding=self.downsample_padding)
             for i in range(len(channels))
         ]
-        self.mid_block = self._middle()
+        middle = self.middle()
+        self.mid_block = None if middle is None else MidBlock(middle)
         self.up_blocks = [
-            UpBlock(self._block(last - i, up=True), upsample=i < last) for i in range(len(channels))
+            UpBlock(self.block(last - i, up=True), upsample=i < last) for i in range(len(channels))
         ]
 
         self.conv_norm_out = GroupNorm(self.norm_num_groups, self.norm_eps, act="silu")
@@ -185,43 +144,3 @@ class UNet(nn.Module):
     ) -> Float[Array, "*n features"]:
         assert features is not None  # from_config refuses it
         return sinusoids(values, features, cos_first=self.flip_sin_to_cos, shift=self.freq_shift)
-
-    def _block(self, level: int, up: bool = False) -> Block:
-        """Describe the down or up block at a level (0 is the largest size)."""
-        layers = self.layers_per_block[level] + up
-        depths: int | tuple[int, ...] = self.transformer_layers_per_block[level]
-        kind = self.down_block_types[level]
-        if up:
-            place = len(self.block_out_channels) - 1 - level
-            kind = self.up_block_types[place]
-            if self.reverse_transformer_layers_per_block is not None:
-                depths = self.reverse_transformer_layers_per_block[place]
-        depths = (depths,) * layers if isinstance(depths, int) else depths
-        return Block(
-            channels=self.block_out_channels[level],
-            layers=layers,
-            groups=self.norm_num_groups,
-            epsilon=self.norm_eps,
-            depths=depths if kind.startswith("CrossAttn") else (),
-            heads=self.attention_head_dim[level],
-            linear=self.use_linear_projection,
-            only_cross=self.only_cross_attention[level],
-        )
-
-    def _middle(self) -> MidBlock | None:
-        """Build the middle block, if there is one."""
-        if self.mid_block_type is None:
-            return None
-        depth = self.transformer_layers_per_block[-1]
-        depth = depth if isinstance(depth, int) else depth[0]
-        block = Block(
-            channels=self.block_out_channels[-1],
-            layers=1,
-            groups=self.norm_num_groups,
-            epsilon=self.norm_eps,
-            depths=(depth,) if self.mid_block_type == "UNetMidBlock2DCrossAttn" else (),
-            heads=self.attention_head_dim[-1],
-            linear=self.use_linear_projection,
-            scale=self.mid_block_scale_factor,
-        )
-        return MidBlock(block)

@@ -1,7 +1,5 @@
 """The UNet's down, middle and up blocks."""
 
-from dataclasses import dataclass
-
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -9,42 +7,10 @@ from jaxtyping import Array, Float
 
 from sdjax.models.layers import Conv
 from sdjax.models.resnet import Downsample, ResnetBlock
+from sdjax.models.unet_config import Block
 from sdjax.models.unet_transformer import Projected, SpatialTransformer
 
 Skips = tuple[Float[Array, "b _h _w _c"], ...]
-
-
-@dataclass(frozen=True)
-class Block:
-    """What one block is built of; a hashable part of its module.
-
-    `depths` counts the transformer blocks after each residual block; it is empty in the blocks
-    without attention ("DownBlock2D", "UpBlock2D").
-    """
-
-    channels: int
-    layers: int
-    groups: int
-    epsilon: float
-    depths: tuple[int, ...] = ()
-    heads: int = 1
-    linear: bool = False
-    only_cross: bool = False
-    scale: float = 1.0
-
-    def resnets(self, count: int) -> list[ResnetBlock]:
-        """Build the residual blocks."""
-        resnet = (self.channels, self.groups, self.epsilon, self.scale)
-        return [ResnetBlock(*resnet) for _ in range(count)]
-
-    def attentions(self) -> list[SpatialTransformer]:
-        """Build the transformers, one for each of `depths`."""
-        return [
-            SpatialTransformer(
-                self.heads, self.channels, depth, self.groups, self.linear, self.only_cross
-            )
-            for depth in self.depths
-        ]
 
 
 class DownBlock(nn.Module):
@@ -56,8 +22,8 @@ class DownBlock(nn.Module):
 
     def setup(self) -> None:
         """Name the parts as checkpoints do."""
-        self.resnets = self.block.resnets(self.block.layers)
-        self.attentions = self.block.attentions()
+        self.resnets = _resnets(self.block)
+        self.attentions = _attentions(self.block)
         downsamplers = [Downsample(self.block.channels, self.padding)]
         self.downsamplers = downsamplers if self.downsample else []
 
@@ -91,8 +57,8 @@ class MidBlock(nn.Module):
 
     def setup(self) -> None:
         """Name the parts as checkpoints do."""
-        self.resnets = self.block.resnets(1 + len(self.block.depths))
-        self.attentions = self.block.attentions()
+        self.resnets = _resnets(self.block)
+        self.attentions = _attentions(self.block)
 
     def project_context(self, context: Float[Array, "b t d"]) -> Projected:
         """Return the transformers' keys and values."""
@@ -116,8 +82,8 @@ class UpBlock(nn.Module):
 
     def setup(self) -> None:
         """Name the parts as checkpoints do."""
-        self.resnets = self.block.resnets(self.block.layers)
-        self.attentions = self.block.attentions()
+        self.resnets = _resnets(self.block)
+        self.attentions = _attentions(self.block)
         self.upsamplers = [Upsample(self.block.channels)] if self.upsample else []
 
     def project_context(self, context: Float[Array, "b t d"]) -> Projected:
@@ -167,3 +133,17 @@ def _project(
     context: Float[Array, "b t d"],
 ) -> Projected:
     return {f"attentions_{i}": a.project_context(context) for i, a in enumerate(attentions)}
+
+
+def _resnets(block: Block) -> list[ResnetBlock]:
+    resnet = (block.channels, block.groups, block.epsilon, block.scale)
+    return [ResnetBlock(*resnet) for _ in range(block.layers)]
+
+
+def _attentions(block: Block) -> list[SpatialTransformer]:
+    return [
+        SpatialTransformer(
+            block.heads, block.channels, depth, block.groups, block.linear, block.only_cross
+        )
+        for depth in block.depths
+    ]

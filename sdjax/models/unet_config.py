@@ -1,205 +1,213 @@
-"""A UNet's config.json: what is read, what is refused, and how it is written back."""
+"""What a UNet is built of, and the weights that it asks for: all that needs no jax."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
-from sdjax.models.fields import MAX_LAYERS, MAX_PARAMETERS, Fields, collapsed
+from sdjax.models import unet_reading
+from sdjax.models.weights import (
+    Shapes,
+    conv,
+    linear,
+    listed,
+    norm,
+    resample,
+    resnet,
+    table,
+    tree,
+)
 
-if TYPE_CHECKING:
-    from sdjax.models.unet import UNet
-
-CLASS = "UNet2DConditionModel"
-DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
-UP = ("CrossAttnUpBlock2D", "UpBlock2D")
-MID = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
-MAX_PARTS = 512
-"""Residual and transformer blocks of one UNet together; SDXL has 87."""
-
-
-def read(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the UNet's fields; keys that change nothing here (dropout, ...) are left alone."""
-    fields = Fields(CLASS, config)
-    _refuse(fields)
-    down = fields.choices("down_block_types", DOWN[:1] * 3 + DOWN[1:], DOWN)
-    count = len(down)
-    up = fields.choices("up_block_types", UP[1:] + UP[:1] * 3, UP)
-    if len(up) != count:
-        raise fields.error("up_block_types", f"as long as 'down_block_types' ({count})", up)
-    channels = config.get("block_out_channels", (320, 640, 1280, 1280))
-    if not isinstance(channels, list | tuple):
-        raise fields.error("block_out_channels", f"a list of {count} integers", channels)
-    layers = fields.integers("layers_per_block", 2, count, high=MAX_LAYERS)
-    depths, reverse = _depths(fields, layers)
-    values = {
-        "block_out_channels": fields.integers("block_out_channels", channels, count),
-        "down_block_types": down,
-        "up_block_types": up,
-        "layers_per_block": layers,
-        "attention_head_dim": fields.integers("attention_head_dim", 8, count),
-        "cross_attention_dim": _context(fields, count),
-        "transformer_layers_per_block": depths,
-        "reverse_transformer_layers_per_block": reverse,
-        "only_cross_attention": fields.flags("only_cross_attention", False, count),
-        "mid_block_type": fields.choice("mid_block_type", MID[0], MID),
-        "in_channels": fields.integer("in_channels", 4),
-        "out_channels": fields.integer("out_channels", 4),
-        "sample_size": sample_size(fields),
-        "norm_num_groups": fields.integer("norm_num_groups", 32),
-        "norm_eps": fields.number("norm_eps", 1e-5, 1e-12, 1.0),
-        "use_linear_projection": fields.flag("use_linear_projection", False),
-        "upcast_attention": fields.flag("upcast_attention", False),
-        "flip_sin_to_cos": fields.flag("flip_sin_to_cos", True),
-        "freq_shift": fields.number("freq_shift", 0.0, 0.0, 1.0),
-        "center_input_sample": fields.flag("center_input_sample", False),
-        "downsample_padding": fields.choice("downsample_padding", 1, (0, 1)),
-        "mid_block_scale_factor": fields.number("mid_block_scale_factor", 1.0, 1e-3, 1e3),
-        "conv_in_kernel": fields.choice("conv_in_kernel", 3, (1, 3, 5, 7)),
-        "conv_out_kernel": fields.choice("conv_out_kernel", 3, (1, 3, 5, 7)),
-        "time_embedding_dim": fields.optional_integer("time_embedding_dim"),
-        "time_cond_proj_dim": fields.optional_integer("time_cond_proj_dim"),
-        "num_class_embeds": fields.optional_integer("num_class_embeds"),
-    }
-    values |= _addition(fields)
-    _check_sizes(fields, values)
-    return values
+T = TypeVar("T", bound="UNetConfig")
 
 
-def write(unet: "UNet") -> dict[str, Any]:
-    """Return the config.json of a UNet, per-block values as one where they are all equal."""
-    config: dict[str, Any] = {"_class_name": CLASS}
-    for key in unet.__dataclass_fields__:
-        if key not in ("parent", "name"):
-            config[key] = getattr(unet, key)
-    for key in ("block_out_channels", "down_block_types", "up_block_types"):
-        config[key] = list(config[key])
-    for key in (
-        "layers_per_block",
-        "attention_head_dim",
-        "transformer_layers_per_block",
-        "only_cross_attention",
-    ):
-        config[key] = collapsed(config[key])
-    reverse = config["reverse_transformer_layers_per_block"]
-    if reverse is not None:
-        config["reverse_transformer_layers_per_block"] = [
-            list(v) if isinstance(v, tuple) else v for v in reverse
-        ]
-        config["transformer_layers_per_block"] = [
-            list(v) if isinstance(v, tuple) else v for v in unet.transformer_layers_per_block
-        ]
-    if isinstance(unet.sample_size, tuple):
-        config["sample_size"] = list(unet.sample_size)
-    config |= {"act_fn": "silu"}
-    return config
+@dataclass(frozen=True)
+class Block:
+    """What one block is built of; a hashable part of its module.
 
-
-def sample_size(fields: Fields) -> int | tuple[int, ...] | None:
-    """Read the size at which the network was trained: one number, or height and width."""
-    value = fields.values.get("sample_size")
-    if isinstance(value, list | tuple):
-        return fields.integers("sample_size", value, 2)
-    return fields.optional_integer("sample_size")
-
-
-def _refuse(fields: Fields) -> None:
-    """Refuse what would change the computation and is not written here."""
-    fields.refuse(
-        "num_attention_heads",
-        "dual_cross_attention",
-        "encoder_hid_dim",
-        "encoder_hid_dim_type",
-        "class_embed_type",
-        "class_embeddings_concat",
-        "time_embedding_act_fn",
-        "timestep_post_act",
-        "resnet_skip_time_act",
-    )
-    fields.choice("act_fn", "silu", ("silu", "swish"))
-    fields.choice("attention_type", "default", ("default",))
-    fields.choice("resnet_time_scale_shift", "default", ("default",))
-    fields.choice("time_embedding_type", "positional", ("positional",))
-
-
-def _context(fields: Fields, count: int) -> int:
-    """Read the text states' width: the same for all blocks."""
-    widths = fields.integers("cross_attention_dim", 1280, count)
-    if len(set(widths)) > 1:
-        raise fields.error("cross_attention_dim", "the same for all blocks", widths)
-    return widths[0]
-
-
-def _depths(fields: Fields, layers: tuple[int, ...]) -> tuple[tuple, tuple | None]:
-    """Read the transformers' depths: one a block, or one for each of a block's layers.
-
-    Lists inside the list need `reverse_...` for the way up, which has one layer more.
+    `depths` counts the transformer blocks after each residual block; it is empty in the blocks
+    without attention ("DownBlock2D", "UpBlock2D").
     """
-    key, reverse_key = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
-    reverse = fields.values.get(reverse_key)
-    depths = _nested(fields, key, fields.values.get(key, 1), layers)
-    if reverse is None:
-        if any(isinstance(d, tuple) for d in depths):
-            raise fields.error(reverse_key, f"given where {key!r} holds lists", reverse)
-        return depths, None
-    above = tuple(n + 1 for n in reversed(layers))
-    return depths, _nested(fields, reverse_key, reverse, above)
+
+    channels: int
+    layers: int
+    groups: int
+    epsilon: float
+    depths: tuple[int, ...] = ()
+    heads: int = 1
+    linear: bool = False
+    only_cross: bool = False
+    scale: float = 1.0
 
 
-def _nested(
-    fields: Fields, key: str, value: Any, layers: tuple[int, ...]
-) -> tuple[int | tuple[int, ...], ...]:
-    values = value if isinstance(value, list | tuple) else [value] * len(layers)
-    if len(values) != len(layers):
-        raise fields.error(key, f"one value, or a list of {len(layers)} (one a block)", value)
-    read = []
-    for inner, count in zip(values, layers, strict=True):
-        numbers = Fields(fields.name, {key: inner}).integers(key, 1, count, 0, MAX_LAYERS)
-        read.append(numbers if isinstance(inner, list | tuple) else numbers[0])
-    return tuple(read)
+@dataclass(unsafe_hash=True, repr=False)
+class UNetConfig:
+    """A UNet's fields, named as in diffusers' config.json, per-block values as tuples.
 
+    `attention_head_dim` holds the *number* of heads, diffusers' historical misnomer.
+    """
 
-def _addition(fields: Fields) -> dict[str, Any]:
-    """Read SDXL's extra conditions: pooled text, sizes and crops."""
-    kind = fields.choice("addition_embed_type", None, (None, "text_time"))
-    keys = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
-    values = {key: fields.optional_integer(key) for key in keys}
-    for key, value in values.items():
-        if kind is not None and value is None:
-            raise fields.error(key, f"an integer with 'addition_embed_type' {kind!r}", value)
-    return {"addition_embed_type": kind} | values
+    block_out_channels: tuple[int, ...]
+    down_block_types: tuple[str, ...]
+    up_block_types: tuple[str, ...]
+    layers_per_block: tuple[int, ...]
+    attention_head_dim: tuple[int, ...]
+    cross_attention_dim: int
+    transformer_layers_per_block: tuple[int | tuple[int, ...], ...]
+    reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None
+    only_cross_attention: tuple[bool, ...]
+    mid_block_type: str | None
+    in_channels: int
+    out_channels: int
+    sample_size: int | tuple[int, ...] | None
+    norm_num_groups: int
+    norm_eps: float
+    use_linear_projection: bool
+    upcast_attention: bool
+    flip_sin_to_cos: bool
+    freq_shift: float
+    center_input_sample: bool
+    downsample_padding: int
+    mid_block_scale_factor: float
+    conv_in_kernel: int
+    conv_out_kernel: int
+    time_embedding_dim: int | None
+    time_cond_proj_dim: int | None
+    num_class_embeds: int | None
+    addition_embed_type: str | None
+    addition_time_embed_dim: int | None
+    projection_class_embeddings_input_dim: int | None
 
+    kind: ClassVar[str] = "UNet"
 
-def _check_sizes(fields: Fields, values: dict[str, Any]) -> None:
-    """Check that groups and heads divide the channels, and that the whole could be a network."""
-    channels, groups = values["block_out_channels"], values["norm_num_groups"]
-    ups = values["up_block_types"][::-1]
-    parts, parameters = 0, 0
-    for level, width in enumerate(channels):
-        if width % groups:
-            wanted = f"multiples of 'norm_num_groups' ({groups})"
-            raise fields.error("block_out_channels", wanted, list(channels))
-        kinds = values["down_block_types"][level], ups[level]
-        middle = level == len(channels) - 1 and values["mid_block_type"] == MID[0]
-        heads = values["attention_head_dim"][level]
-        if (middle or any(kind.startswith("CrossAttn") for kind in kinds)) and width % heads:
-            wanted = f"a number of heads that divides the block's {width} channels"
-            raise fields.error("attention_head_dim", wanted, heads)
-        layers = 2 * values["layers_per_block"][level] + 1
-        blocks = layers * _deepest(values, level)
-        parts += layers + blocks
-        above = channels[min(level + 1, len(channels) - 1)]
-        parameters += 9 * width * layers * (2 * width + above)
-        parameters += blocks * width * (16 * width + 2 * values["cross_attention_dim"])
-    if parts > MAX_PARTS or parameters > MAX_PARAMETERS:
-        wanted = (
-            f"sizes of at most {MAX_PARTS} layers and {MAX_PARAMETERS:.0e} parameters in all"
-            f" (these are about {parts} and {parameters:.0e})"
+    @classmethod
+    def from_config(cls: type[T], config: Mapping[str, Any]) -> T:
+        """Build from config.json's content; InputError names the key that cannot be."""
+        return cls(**unet_reading.read(config))
+
+    def config(self) -> dict[str, Any]:
+        """Return the content of config.json."""
+        return unet_reading.write(self)
+
+    def shapes(self) -> Shapes:
+        """Return the shape of every weight by its torch key."""
+        return _shapes(self)
+
+    def block(self, level: int, up: bool = False) -> Block:
+        """Describe the down or up block at a level (0 is the largest size)."""
+        layers = self.layers_per_block[level] + up
+        depths: int | tuple[int, ...] = self.transformer_layers_per_block[level]
+        kind = self.down_block_types[level]
+        if up:
+            place = len(self.block_out_channels) - 1 - level
+            kind = self.up_block_types[place]
+            if self.reverse_transformer_layers_per_block is not None:
+                depths = self.reverse_transformer_layers_per_block[place]
+        depths = (depths,) * layers if isinstance(depths, int) else depths
+        return Block(
+            channels=self.block_out_channels[level],
+            layers=layers,
+            groups=self.norm_num_groups,
+            epsilon=self.norm_eps,
+            depths=depths if kind.startswith("CrossAttn") else (),
+            heads=self.attention_head_dim[level],
+            linear=self.use_linear_projection,
+            only_cross=self.only_cross_attention[level],
         )
-        raise fields.error("block_out_channels", wanted, list(channels))
+
+    def middle(self) -> Block | None:
+        """Describe the middle block, if there is one: its self-attention is always that."""
+        if self.mid_block_type is None:
+            return None
+        depth = self.transformer_layers_per_block[-1]
+        depth = depth if isinstance(depth, int) else depth[0]
+        depths = (depth,) if self.mid_block_type == unet_reading.MID[0] else ()
+        return Block(
+            channels=self.block_out_channels[-1],
+            layers=1 + len(depths),
+            groups=self.norm_num_groups,
+            epsilon=self.norm_eps,
+            depths=depths,
+            heads=self.attention_head_dim[-1],
+            linear=self.use_linear_projection,
+            scale=self.mid_block_scale_factor,
+        )
+
+    @property
+    def time_features(self) -> int:
+        """The width of the time embedding."""
+        return self.time_embedding_dim or 4 * self.block_out_channels[0]
 
 
-def _deepest(values: dict[str, Any], level: int) -> int:
-    """Return the largest number of transformer blocks after one layer at this level."""
-    reverse = values["reverse_transformer_layers_per_block"]
-    own = [values["transformer_layers_per_block"][level]]
-    own += [] if reverse is None else [reverse[::-1][level]]
-    return max(max(d, default=0) if isinstance(d, tuple) else d for d in own)
+def _shapes(unet: UNetConfig) -> Shapes:
+    time, last = unet.time_features, len(unet.block_out_channels) - 1
+    width = unet.block_out_channels[0]
+    parts = {"conv_in": conv(unet.in_channels, width, unet.conv_in_kernel)}
+    parts["time_embedding"] = _embedding(width, time, unet.time_cond_proj_dim)
+    if unet.num_class_embeds is not None:
+        parts["class_embedding"] = table(unet.num_class_embeds, time)
+    if unet.addition_embed_type is not None:
+        assert unet.projection_class_embeddings_input_dim is not None  # from_config refuses it
+        parts["add_embedding"] = _embedding(unet.projection_class_embeddings_input_dim, time)
+    skips, downs, ups = [width], [], []
+    for level in range(last + 1):
+        block = unet.block(level)
+        inputs = [width] + [block.channels] * (block.layers - 1)
+        downs.append(_block(unet, block, inputs) | _resampler("downsamplers", block, level < last))
+        width = block.channels
+        skips += [width] * (block.layers + (level < last))
+    middle = unet.middle()
+    if middle is not None:
+        parts["mid_block"] = _block(unet, middle, [width] * middle.layers)
+    for place in range(last + 1):
+        block = unet.block(last - place, up=True)
+        inputs = []
+        for _ in range(block.layers):
+            inputs.append(width + skips.pop())
+            width = block.channels
+        ups.append(_block(unet, block, inputs) | _resampler("upsamplers", block, place < last))
+    parts |= listed("down_blocks", downs) | listed("up_blocks", ups)
+    parts["conv_norm_out"] = norm(width)
+    parts["conv_out"] = conv(width, unet.out_channels, unet.conv_out_kernel)
+    return tree(parts)
+
+
+def _embedding(inputs: int, outputs: int, condition: int | None = None) -> Shapes:
+    parts = {"linear_1": linear(inputs, outputs), "linear_2": linear(outputs, outputs)}
+    if condition is not None:
+        parts["cond_proj"] = linear(condition, inputs, bias=False)
+    return tree(parts)
+
+
+def _block(unet: UNetConfig, block: Block, inputs: list[int]) -> Shapes:
+    """The residual blocks, of so many input channels each, and their transformers."""
+    resnets = [resnet(width, block.channels, unet.time_features) for width in inputs]
+    transformers = [_transformer(unet, block, depth) for depth in block.depths]
+    return tree(listed("resnets", resnets) | listed("attentions", transformers))
+
+
+def _resampler(name: str, block: Block, there: bool) -> Shapes:
+    return tree(listed(name, [resample(block.channels)] if there else []))
+
+
+def _transformer(unet: UNetConfig, block: Block, depth: int) -> Shapes:
+    width, text = block.channels, unet.cross_attention_dim
+    outer = linear(width, width) if block.linear else conv(width, width, 1)
+    inner = tree(
+        {
+            "norm1": norm(width),
+            "attn1": _attention(width, text if block.only_cross else width),
+            "norm2": norm(width),
+            "attn2": _attention(width, text),
+            "norm3": norm(width),
+            "ff.net.0.proj": linear(width, 8 * width),
+            "ff.net.2": linear(4 * width, width),
+        }
+    )
+    blocks = listed("transformer_blocks", [inner] * depth)
+    return tree({"norm": norm(width), "proj_in": outer, **blocks, "proj_out": outer})
+
+
+def _attention(width: int, context: int) -> Shapes:
+    parts = {"to_q": linear(width, width, bias=False), "to_out.0": linear(width, width)}
+    parts |= {name: linear(context, width, bias=False) for name in ("to_k", "to_v")}
+    return tree(parts)

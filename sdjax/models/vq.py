@@ -1,7 +1,6 @@
 """The autoencoder whose latents are vectors of a codebook."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -9,13 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Int, Key
 
-from sdjax.models import vae
-from sdjax.models.fields import MAX_VOCABULARY, Fields
 from sdjax.models.layers import Conv
 from sdjax.models.vae_blocks import Decoder, Encoder
+from sdjax.models.vae_config import VQConfig
 from sdjax.types import Array
-
-CLASS = "VQModel"
 
 
 class Quantized(NamedTuple):
@@ -30,56 +26,13 @@ class Quantized(NamedTuple):
     ids: Int[Array, "b h w"]
 
 
-class VQModel(nn.Module):
+class VQModel(VQConfig, nn.Module):
     """The vector-quantised autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752).
 
     VQGAN's (Esser et al. 2021, arXiv 2012.09841), where the diffusion model sees latents before
-    they are quantised, times `scaling_factor`. Pixels are in -1..1. Fields are named as in
-    diffusers' config.json; build it by `from_config`.
+    they are quantised, times `scaling_factor`. Pixels are in -1..1. Its fields are `VQConfig`'s;
+    build it by `from_config`.
     """
-
-    block_out_channels: tuple[int, ...]
-    layers_per_block: int
-    norm_num_groups: int
-    in_channels: int
-    out_channels: int
-    latent_channels: int
-    vq_embed_dim: int
-    num_vq_embeddings: int
-    scaling_factor: float
-    sample_size: int
-    force_upcast: bool
-    lookup_from_codebook: bool
-    mid_block_add_attention: bool
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "VQModel":
-        """Build the module from config.json's content; InputError names the key that cannot be."""
-        fields = Fields(CLASS, {"latent_channels": 3, "force_upcast": False} | dict(config))
-        fields.choice("norm_type", "group", ("group",))
-        values = vae._read(fields)
-        values = {key: value for key, value in values.items() if key in cls.__dataclass_fields__}
-        width = fields.optional_integer("vq_embed_dim")
-        return cls(
-            **values,
-            vq_embed_dim=values["latent_channels"] if width is None else width,
-            num_vq_embeddings=fields.integer("num_vq_embeddings", 256, high=MAX_VOCABULARY),
-            lookup_from_codebook=fields.flag("lookup_from_codebook", False),
-        )
-
-    def config(self) -> dict[str, Any]:
-        """Return the content of config.json."""
-        names = (key for key in self.__dataclass_fields__ if key not in ("parent", "name"))
-        config: dict[str, Any] = {"_class_name": CLASS} | {key: getattr(self, key) for key in names}
-        config["block_out_channels"] = list(self.block_out_channels)
-        config["down_block_types"] = ["DownEncoderBlock2D"] * len(self.block_out_channels)
-        config["up_block_types"] = ["UpDecoderBlock2D"] * len(self.block_out_channels)
-        return config | {"act_fn": "silu", "norm_type": "group"}
-
-    @property
-    def factor(self) -> int:
-        """How many pixels one latent spans in each direction."""
-        return 2 ** (len(self.block_out_channels) - 1)
 
     def setup(self) -> None:
         """Name the parts as checkpoints do."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Key
 
-from sdjax.checkpoints import naming, shapes
+from sdjax.checkpoints import naming
 from sdjax.model import Params
 from sdjax.types import Array
 
@@ -23,18 +23,21 @@ def fresh(module: nn.Module, key: Key[Array, ""]) -> Params:
     As in the paper's code, the last convolution of every residual branch and the network's own are
     zero, so that training starts from the identity (cf. Zhang et al. 2019, arXiv 1901.09321).
     """
-    leaves = list(naming.flatten(shapes.params(module)))
-    drawn = {path: leaf.shape for path, leaf in leaves if _is_drawn(path)}
+    shapes = {
+        leaf.path: naming.to_flax_shape(leaf.path[-1], leaf.shape)
+        for leaf in naming.leaves(module).values()
+    }
+    drawn = {path: shape for path, shape in shapes.items() if _is_drawn(path)}
     values = dict(zip(drawn, cut(jax.random.normal, key, list(drawn.values())), strict=True))
     params: dict[str, Any] = {}
-    for path, leaf in leaves:
+    for path, shape in shapes.items():
         node = functools.reduce(lambda tree, name: tree.setdefault(name, {}), path[:-1], params)
         if path in values:
             table = path[-1] == "embedding"
-            fan_in = leaf.shape[-1] if table else math.prod(leaf.shape[:-1])
+            fan_in = shape[-1] if table else math.prod(shape[:-1])
             node[path[-1]] = values[path] / fan_in**0.5
         else:
-            node[path[-1]] = jnp.full(leaf.shape, float(path[-1] == "scale"))
+            node[path[-1]] = jnp.full(shape, float(path[-1] == "scale"))
     return params
 
 

@@ -12,8 +12,9 @@ import numpy as np
 from sdjax import bundled, config, parallel
 from sdjax.checkpoints import fitting, save
 from sdjax.checkpoints.autoencoder import load_autoencoder, save_vae
+from sdjax.checkpoints.finding import family
 from sdjax.checkpoints.folder import TOKENIZERS
-from sdjax.checkpoints.loading import CLASSES, advised, family, load, load_vae
+from sdjax.checkpoints.loading import CLASSES, advised, load, load_vae
 from sdjax.checkpoints.lora import save_lora
 from sdjax.checkpoints.lpips import load_lpips
 from sdjax.diffusion.schedules import Schedule
