@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import peers
 import pytest
@@ -260,6 +261,7 @@ def first(model, tmp_path_factory):
     asked += ["--count", "2", "--sampler", "ddim", "--spacing", "leading", "--negative", "blurry"]
     asked += ["--guidance", "5", "--out", str(out / "images"), "--cache-dir", str(out / "cache")]
     asked += ["--noise", "torch-cpu"]
+    jax.config.update("jax_enable_compilation_cache", True)  # --no-cache in an earlier test stays
     assert main(asked) == 0
     return out / "images"
 
@@ -632,13 +634,15 @@ def test_paths_under_home_are_told_from_there(tmp_path, monkeypatch):
 
 
 def test_float16_is_computed_in_bfloat16_off_the_cpu(capsys):
-    from types import SimpleNamespace
-
+    from sdjax.checkpoints.finding import find
     from sdjax.cli import generate
 
     def chosen(stored, cpu):
-        unet = SimpleNamespace(tensors={"conv_in.weight": np.zeros(1, stored)})
-        return generate.default_dtype(SimpleNamespace(networks={"unet": unet}), cpu)
+        source = find("scenes")
+        tensors = source.networks["unet"].tensors
+        for key, tensor in tensors.items():
+            tensors[key] = dataclasses.replace(tensor, dtype=np.dtype(stored))
+        return generate.default_dtype(source, cpu)
 
     assert chosen("float16", True) == "float32" and chosen("float32", False) is None
     assert capsys.readouterr().err == ""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors import numpy
 
+import sdjax
 from sdjax import bundled
 from sdjax.checkpoints import safetensors
 
@@ -80,32 +81,42 @@ def test_a_file_that_holds_no_weights_is_refused_before_jax_loads(command, tmp_p
         assert_refused_before_jax(command, tmp_path / name, said, tmp_path)
 
 
+def changed(weights, change):
+    """Change a file's dict of arrays, key to array."""
+    tensors = {key: np.array(tensor.read()) for key, tensor in safetensors.open(weights).items()}
+    change(tensors)
+    numpy.save_file(tensors, weights)
+
+
 @pytest.fixture(scope="module")
 def misfits(tmp_path_factory):
-    """Copies of the bundled folder with one thing wrong, and what is said of each."""
-    key, changes = "conv_out.weight", {}
-    changes["missing"] = lambda all: all.pop(key)
-    changes["extra"] = lambda all: all.update(stray=all[key])
-    changes["shape"] = lambda all: all.update({key: all[key][1:]})
-    changes["integers"] = lambda all: all.update({key: all[key].astype(np.int8)})
-    said = {"missing": "lacks", "extra": "'stray'", "shape": "has shape", "integers": "is int8"}
-    paths = {}
-    for name, change in changes.items():
-        path = shutil.copytree(bundled.HOME, tmp_path_factory.mktemp(name) / name)
-        weights = path / "unet" / "diffusion_pytorch_model.safetensors"
-        tensors = {key: tensor.read() for key, tensor in safetensors.open(weights).items()}
-        change(tensors)
-        numpy.save_file(
-            {key: np.ascontiguousarray(array) for key, array in tensors.items()}, weights
-        )
-        paths[path] = said[name]
-    return paths
+    """Copies of the bundled model with one thing wrong, and what is said of each."""
+    folder, key = tmp_path_factory.mktemp("misfits"), "conv_out.weight"
+    changes = {
+        "lacks": lambda arrays: arrays.pop(key),
+        "'stray'": lambda arrays: arrays.update(stray=arrays[key]),
+        "has shape": lambda arrays: arrays.update({key: arrays[key][1:].copy()}),
+        "is int8": lambda arrays: arrays.update({key: arrays[key].astype(np.int8)}),
+    }
+    said = {}
+    for number, (words, change) in enumerate(changes.items()):
+        path = shutil.copytree(bundled.HOME, folder / str(number))
+        changed(path / "unet" / "diffusion_pytorch_model.safetensors", change)
+        said[str(path)] = words
+    single = sdjax.save(folder / "single.safetensors", *sdjax.load())
+    changed(single, lambda arrays: arrays.pop("model.diffusion_model.out.2.bias"))
+    return said | {f"{single} --config scenes": "lacks the key 'model.diffusion_model.out.2.bias'"}
 
 
 @COMMANDS
 def test_weights_that_do_not_fit_are_refused_before_jax_loads(command, misfits, tmp_path):
     for path, said in misfits.items():
         assert_refused_before_jax(command, path, said, tmp_path)
+
+
+def test_a_checkpoint_that_fits_is_found_without_jax():
+    found = "from sdjax.checkpoints.finding import find; assert find('scenes').family"
+    assert "jax" not in modules_after(found)
 
 
 def test_modules_of_the_mathematics_come_when_named():

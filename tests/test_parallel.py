@@ -85,7 +85,7 @@ import numpy as np
 import sdjax
 
 model, params = sdjax.load(dtype="float32")
-params = sdjax.replicate(params["unet"])
+params = params["unet"]
 draw = np.random.default_rng(0)
 x = draw.standard_normal((2, 12, 16, 16, 4), np.float32)
 context = draw.standard_normal((2, 12, 77, model.unet.cross_attention_dim), np.float32)
@@ -99,7 +99,7 @@ def sampled(params, x, context):
 
 one = jax.jit(sampled)
 alone = np.stack([one(params, *both) for both in zip(x, context)])
-devices = jax.pmap(sampled, in_axes=(None, 0, 0))(params, x, context)
+devices = jax.pmap(sampled, in_axes=(None, 0, 0))(sdjax.replicate(params), x, context)
 with ThreadPoolExecutor(2) as pool:
     threads = list(pool.map(lambda i: np.asarray(one(params, x[i], context[i])), range(2)))
 print(max(float(abs(np.asarray(made) - alone).max()) for made in (devices, threads)))
@@ -108,9 +108,8 @@ print(max(float(abs(np.asarray(made) - alone).max()) for made in (devices, threa
 
 def test_programs_that_run_at_once_on_a_cpu_do_not_disturb_each_other():
     """XLA's convolutions by Eigen, at once on two devices or from two threads, are wrong by 1."""
-    made = subprocess.run(
-        [sys.executable, "-c", AT_ONCE], env=users(2), cwd=ROOT, check=True, capture_output=True
-    )
+    command = [sys.executable, "-c", AT_ONCE]
+    made = subprocess.run(command, env=users(2), cwd=ROOT, check=True, stdout=subprocess.PIPE)
     assert float(made.stdout) < 1e-4
 
 

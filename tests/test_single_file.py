@@ -17,6 +17,7 @@ import tiny
 from sdjax import config as shipped
 from sdjax.checkpoints import (
     compvis,
+    finding,
     loading,
     openclip,
     safetensors,

@@ -46,8 +46,7 @@ def random_params(module, seed=0, scale=0.1):
         node = params
         for name in leaf.path[:-1]:
             node = node.setdefault(name, {})
-        shape = np.empty(leaf.shape, np.bool_)
-        shape = naming.to_flax_axes(leaf.path[-1], shape).shape
+        shape = naming.to_flax_shape(leaf.path[-1], leaf.shape)
         node[leaf.path[-1]] = draw.standard_normal(shape, np.float32) * np.float32(scale)
     return params
 

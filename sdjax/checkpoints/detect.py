@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdjax import config as shipped
-from sdjax.checkpoints import parts
+from sdjax.checkpoints.components import CONFIGS, configured
 from sdjax.checkpoints.files import read_json
 from sdjax.checkpoints.fitting import tokenizer_of
-from sdjax.checkpoints.parts import CONFIGS
 from sdjax.checkpoints.tensors import Tensor, Tensors
 from sdjax.config import Configs
 from sdjax.errors import InputError
@@ -92,7 +91,7 @@ def identify(tensors: Tensors, config: str | Path | None = None) -> Found:
             )
     # Nothing of a config is used unchecked.
     said = f"config {name!r}"
-    networks = {part: parts.read(part, configs[part], said) for part in CONFIGS if part in configs}
+    networks = {part: configured(part, configs[part], said) for part in CONFIGS if part in configs}
     complete(tensors, configs, places, name)
     compare(tensors, networks, places, name)
     return Found(name, configs, networks, places, note)
@@ -238,7 +237,7 @@ def compare(
 ) -> None:
     """Refuse a file whose characteristic widths are not the config's networks'.
 
-    Every shape is checked when the weights are loaded; these few tell a wrong config from a damaged
+    Every shape is checked next, by `naming.check`; these few tell a wrong config from a damaged
     file.
     """
     signs: list[tuple[str, dict[int, int]]] = []  # key, and the lengths of some of its axes

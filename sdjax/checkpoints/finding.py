@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sdjax import bundled
-from sdjax.checkpoints import detect, fitting, folder, hub, parts, single_file
-from sdjax.checkpoints.parts import CONFIGS, Network
+from sdjax.checkpoints import components, detect, fitting, folder, hub, single_file
+from sdjax.checkpoints.components import CONFIGS, Network
 from sdjax.checkpoints.tensors import Tensors
 from sdjax.errors import InputError
 from sdjax.text import Tokenizer
@@ -17,9 +17,10 @@ from sdjax.text import Tokenizer
 
 @dataclass(frozen=True)
 class Source(os.PathLike):
-    """A checkpoint before its weights are read: everything is known of it, and checked.
+    """A checkpoint before its weights are read: what configs and headers say, which fit together.
 
-    It is a path, too, that need not be read again.
+    The scheduler's config and its makers' advice are as they stand in the files. It is a path,
+    too, that need not be read again.
     """
 
     where: str
@@ -60,7 +61,8 @@ def find(
     Arguments are those of `load`. What is found already stays as it is.
 
     Raises:
-        InputError: as `load`, but for the scheduler's config and what only the weights show.
+        InputError: as `load`, but for the scheduler's config, the makers' advice and what only the
+            weights show.
     """
     if isinstance(where, Source):
         return where
@@ -104,20 +106,20 @@ def open_folder(where: str, opened: folder.Folder) -> Source:
 
 def open_network(name: str, part: folder.Component) -> Network:
     """One network of a diffusers folder."""
-    config = parts.read(name, part.config, part.path / "config.json")
-    return parts.network(config, part.tensors, part.tensors.path)
+    config = components.configured(name, part.config, part.path / "config.json")
+    return components.network(config, part.tensors, part.tensors.path)
 
 
 def open_file(where: str, tensors: Tensors, config: str | None, ema: bool) -> Source:
     """`find` for a single file."""
     found = detect.identify(tensors, config)
-    read = single_file.parts(tensors, found, ema)
+    parts = single_file.parts(tensors, found, ema)
     networks = {
-        name: parts.network(found.networks[name], read[name][1], tensors.path)
+        name: components.network(found.networks[name], parts[name][1], tensors.path)
         for name in CONFIGS
-        if name in read
+        if name in parts
     }
-    plain = {name: dict(part[0]) for name, part in read.items() if name not in CONFIGS}
+    plain = {name: dict(part[0]) for name, part in parts.items() if name not in CONFIGS}
     source = Source(
         where=where,
         path=tensors.path,

@@ -11,8 +11,8 @@ import numpy as np
 
 from sdjax import bundled
 from sdjax.checkpoints import folder, placing
+from sdjax.checkpoints.components import Network
 from sdjax.checkpoints.finding import Source, find
-from sdjax.checkpoints.parts import Network
 from sdjax.checkpoints.tensors import floating
 from sdjax.diffusion.schedules import Schedule
 from sdjax.errors import InputError
@@ -87,7 +87,7 @@ def load_vae(
 ) -> tuple[AutoencoderKL, dict[str, Any]]:
     """Load an autoencoder alone: from a VAE-only file or folder, or out of a whole checkpoint.
 
-    Arguments and errors are those of `load`.
+    Arguments and errors are those of `load`, but for the scheduler's config, which is not needed.
     """
     target = None if dtype is None else floating(placing.dtype_name(dtype))
     source = find(where, config=config, variant=variant)

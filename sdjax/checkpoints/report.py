@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdjax.checkpoints import digest
+from sdjax.checkpoints.components import Network
 from sdjax.checkpoints.finding import find
 from sdjax.checkpoints.loading import schedule
-from sdjax.checkpoints.parts import Network
 
 
 @dataclass(frozen=True)

@@ -35,14 +35,14 @@ def run(asked: argparse.Namespace) -> None:
         note(f"{bundled.NAME} is {bundled.ABOUT}: for a real checkpoint add --model PATH")
     options: dict[str, Any] = dict(config=wanted.config, ema=wanted.ema, variant=wanted.variant)
     source = find(wanted.model, **options)
+    if "unet" not in source.networks:
+        raise InputError(f"{wanted.model} holds no UNet: give a whole checkpoint")
     from sdjax import parallel
     from sdjax.checkpoints import digest
     from sdjax.checkpoints.loading import assemble, read
     from sdjax.checkpoints.tensors import floating
     from sdjax.cli import loras
 
-    if "unet" not in source.networks:
-        raise InputError(f"{wanted.model} holds no UNet: give a whole checkpoint")
     if source.note:
         note(source.note)
     model = assemble(source)

@@ -91,7 +91,7 @@ class TextModelConfig:
 
 @dataclass(unsafe_hash=True, repr=False)
 class ProjectedTextModelConfig(TextModelConfig):
-    """The same for an encoder with a projection."""
+    """The same for an encoder with a projection; the networks themselves share nothing."""
 
     kind: ClassVar[str] = PROJECTED
 

@@ -53,17 +53,17 @@ def direct(
 def _cpu(
     x: Float[Array, "b h w c"], kernel: Float[Array, "kh kw c k"], stride: int, pads: Pads
 ) -> Float[Array, "b H W k"]:
-    """Choose by shape; the thresholds were measured at SD1.5's sizes (benchmarks/README.md).
+    """Choose by an image's shape; the thresholds were measured at SD1.5's (benchmarks/README.md).
 
     XLA (jaxlib 0.10) takes YNNPACK for products and for convolutions whose output is not larger
-    than their input, Eigen else. Eigen's convolutions are as fast and often faster, and are not
-    used: in programs that run at the same time, on several CPU devices or from several threads,
-    they give wrong numbers.
+    than their input, Eigen else. Eigen's convolutions are often faster, and nothing here takes
+    them: of programs that run at the same time, on several CPU devices or from several threads,
+    the first image was wrong. Some gradients still do, where it was not seen.
     """
-    b, h, w, c = x.shape
+    _, h, w, c = x.shape
     same3x3 = kernel.shape[:2] == (3, 3) and stride == 1 and pads == ((1, 1), (1, 1))
     if same3x3 and x.dtype == jnp.float32 and min(c, kernel.shape[3]) >= 128:
-        if b * h * w < 512:
+        if h * w < 256:
             return patched(x, kernel, pads)
         if h % 2 == w % 2 == 0:
             return winograd(x, kernel)
@@ -120,8 +120,7 @@ def doubled_conv2d(
     the same pixel are added, one 2x2 kernel for each parity of row and column: 16 products where
     the plain form has 36, and a quarter of the reading. For few pixels that adding takes longest.
     """
-    b, h, w, _ = x.shape
-    cpu = _by_parity if b * h * w >= 2048 else _doubled_first
+    cpu = _by_parity if x.shape[1] * x.shape[2] >= 1024 else _doubled_first
     return lax.platform_dependent(x, kernel, cpu=cpu, default=_doubled_first)
 
 

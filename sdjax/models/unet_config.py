@@ -39,6 +39,7 @@ class Block:
     scale: float = 1.0
 
 
+# Not frozen, since Linen's dataclasses inherit it, and without a repr in place of theirs.
 @dataclass(unsafe_hash=True, repr=False)
 class UNetConfig:
     """A UNet's fields, named as in diffusers' config.json, per-block values as tuples.

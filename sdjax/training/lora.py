@@ -79,7 +79,7 @@ def init(lora: Lora, module: nn.Module, key: Key[Array, ""]) -> Params:
     A tree nested as the network's params, with {"a", "b"}, float32, at each target.
     """
     found = [leaf for name, leaf in layers(module).items() if _matches(name, lora.targets)]
-    kernels = [(*leaf.shape[2:], leaf.shape[1], leaf.shape[0]) for leaf in found]
+    kernels = [naming.to_flax_shape(leaf.path[-1], leaf.shape) for leaf in found]
     values = cut(jax.random.uniform, key, [(*shape[:-1], lora.rank) for shape in kernels])
     tree: dict[str, Any] = {}
     for leaf, shape, value in zip(found, kernels, values, strict=True):

@@ -40,8 +40,8 @@ def network(config: Any, tensors: Mapping[str, Tensor], path: Path) -> Network:
     return Network(config, naming.check(config, tensors, path), path)
 
 
-def read(name: str, config: Mapping[str, Any], said: str | Path) -> Any:
-    """A component's config from the content of config.json; errors begin with `said`."""
+def configured(name: str, config: Mapping[str, Any], said: str | Path) -> Any:
+    """A component's config, read from the content of config.json; errors begin with `said`."""
     try:
         return CONFIGS[name].from_config(config)
     except InputError as error:
